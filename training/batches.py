@@ -1,0 +1,233 @@
+"""Training batches: step n is a pure function of (seed, n), whatever ran before.
+
+Every item is a crop of `crop_s` seconds that holds its keyword whole, corrupted, with targets for both
+tasks. That purity makes an interrupted run continue exactly as if it had not been.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from training.alignment import loudest_speech
+from training.audio_cache import SAMPLE_RATE_HZ, AudioCache, Waveform
+from training.augment import Augmenter, AugmentRecipe, change_speed
+from training.manifest import Clip, Data
+
+NO_SPEAKER = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's tensors. B items, N samples, K labels (background first)."""
+
+    waveform: torch.Tensor  # [B, N] float32
+    lengths: torch.Tensor  # [B] int64, samples
+    keyword: torch.Tensor  # [B] int64, 0 = background
+    word_s: torch.Tensor  # [B, 2] float32, start and end of the keyword in the crop; zeros for none
+    possible: torch.Tensor  # [B, K] bool, False where the label may be spoken without being marked
+    speaker: torch.Tensor  # [B] int64, NO_SPEAKER where unknown
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRecipe:
+    """How often each corpus is drawn, relative to its number of clips, and how crops are cut."""
+
+    crop_s: float = 1.6
+    corpus_weight: dict[str, float] | None = None
+    p_noise_only: float = 0.05
+    # Corpora of untranscribed speech may hold everyday words unmarked ("two coffees"). They count as
+    # proof of absence only for the labels of these corpora.
+    certain_negatives: tuple[str, ...] = ()
+
+
+class BatchSource(Dataset[Batch]):
+    """Maps a step number to its batch."""
+
+    def __init__(
+        self,
+        data: Data,
+        clips: Sequence[Clip],
+        cache: AudioCache,
+        labels: Sequence[str],
+        *,
+        batch_size: int,
+        seed: int,
+        sampling: SamplingRecipe,
+        augment: AugmentRecipe,
+    ) -> None:
+        self._clips = list(clips)
+        self._cache = cache
+        self._batch_size = batch_size
+        self._seed = seed
+        self._sampling = sampling
+        self._speeds = augment.speeds
+        self._augmenter = Augmenter(
+            augment,
+            cache,
+            [noise for noise in data.noises if noise.split == "train"],
+            [room for room in data.rooms if room.split == "train"],
+        )
+        self._class_of = {label: index for index, label in enumerate(labels, start=1)}
+        self.speakers = sorted({clip.speaker for clip in self._clips if clip.speaker})
+        self._speaker_index = {name: index for index, name in enumerate(self.speakers)}
+        weights = np.array([self._weight(clip) for clip in self._clips])
+        self._cumulative = np.cumsum(weights / weights.sum())
+        self._possible = _possible_labels(self._clips, labels, sampling.certain_negatives)
+        self._words = [self._word(clip) for clip in self._clips]
+
+    @property
+    def speaker_classes(self) -> int:
+        return len(self.speakers) * len(self._speeds)
+
+    def __getitem__(self, step: int) -> Batch:
+        rng = np.random.default_rng((self._seed, step))
+        items = [self._item(rng) for _ in range(self._batch_size)]
+        return Batch(
+            waveform=torch.from_numpy(np.stack([item[0] for item in items])),
+            lengths=torch.tensor([item[1] for item in items]),
+            keyword=torch.tensor([item[2] for item in items]),
+            word_s=torch.tensor([item[3] for item in items], dtype=torch.float32),
+            possible=torch.from_numpy(np.stack([item[4] for item in items])),
+            speaker=torch.tensor([item[5] for item in items]),
+        )
+
+    def _weight(self, clip: Clip) -> float:
+        per_clip = (self._sampling.corpus_weight or {}).get(clip.corpus, 1.0)
+        # A long clip holds several crops' worth of speech.
+        return per_clip * max(1.0, clip.duration_s / (2 * self._sampling.crop_s))
+
+    def _word(self, clip: Clip) -> tuple[float, float]:
+        if clip.word_start_s is not None and clip.word_end_s is not None:
+            return clip.word_start_s, clip.word_end_s
+        return loudest_speech(self._cache.read(clip.path)) if clip.keyword else (0.0, 0.0)
+
+    def _item(
+        self, rng: np.random.Generator
+    ) -> tuple[Waveform, int, int, tuple[float, float], npt.NDArray[np.bool_], int]:
+        size = round(self._sampling.crop_s * SAMPLE_RATE_HZ)
+        if rng.random() < self._sampling.p_noise_only:
+            noise = self._augmenter.corrupt(self._augmenter.noise(size, rng), rng)
+            everything = np.ones(len(self._class_of) + 1, dtype=np.bool_)
+            return noise, size, 0, (0.0, 0.0), everything, NO_SPEAKER
+        index = int(np.searchsorted(self._cumulative, rng.random()))
+        clip = self._clips[index]
+        speed_index = self._augmenter.speed(rng)
+        crop, length, word_s, whole = self._crop(index, self._speeds[speed_index], size, rng)
+        speaker = NO_SPEAKER
+        if clip.speaker:
+            speaker = self._speaker_index[clip.speaker] * len(self._speeds) + speed_index
+        crop = self._augmenter.corrupt(crop, rng)
+        crop[length:] = 0.0
+        keyword = self._class_of[clip.label] if clip.keyword and whole else 0
+        return crop, length, keyword, word_s, self._possible[index], speaker
+
+    def _crop(
+        self, index: int, speed: float, size: int, rng: np.random.Generator
+    ) -> tuple[Waveform, int, tuple[float, float], bool]:
+        """(samples, valid length, word interval in the crop, is the word in it) at the given speed."""
+        clip = self._clips[index]
+        start_s, end_s = self._words[index]
+        total = self._cache.length(clip.path)
+        reach = min(total, int(size * speed))
+        word = (int(start_s * SAMPLE_RATE_HZ), int(end_s * SAMPLE_RATE_HZ))
+        keep_word = bool(clip.keyword)
+        long_clip = total > 2 * reach
+        if keep_word and long_clip and rng.random() < 0.4:
+            # The rest of a sentence is the best background there is: same voice, same channel.
+            begin = _away_from(word, total, reach, rng)
+            keep_word = begin is None
+            if begin is not None:
+                return self._read(clip, begin, reach, speed, size, rng, (0.0, 0.0), False)
+        if keep_word:
+            low, high = max(0, word[1] - reach), min(word[0], total - reach)
+            begin = int(rng.integers(min(low, high), max(low, high) + 1))
+        else:
+            begin = int(rng.integers(total - reach + 1))
+        begin = min(max(begin, 0), total - reach)
+        inside = ((word[0] - begin) / speed / SAMPLE_RATE_HZ, (word[1] - begin) / speed / SAMPLE_RATE_HZ)
+        return self._read(clip, begin, reach, speed, size, rng, inside, keep_word)
+
+    def _read(
+        self,
+        clip: Clip,
+        begin: int,
+        reach: int,
+        speed: float,
+        size: int,
+        rng: np.random.Generator,
+        word_s: tuple[float, float],
+        whole: bool,
+    ) -> tuple[Waveform, int, tuple[float, float], bool]:
+        samples = change_speed(self._cache.read(clip.path, begin, begin + reach), speed)[:size]
+        crop = np.zeros(size, dtype=np.float32)
+        room = size - len(samples)
+        # Half of the short clips end where their audio ends, as they will when served; the others
+        # float in silence, as they will in long audio.
+        alone = room > 0 and rng.random() < 0.5
+        offset = 0 if alone or room <= 0 else int(rng.integers(room + 1))
+        crop[offset : offset + len(samples)] = samples
+        shift = offset / SAMPLE_RATE_HZ
+        shifted = (word_s[0] + shift, word_s[1] + shift) if whole else (0.0, 0.0)
+        return crop, len(samples) if alone else size, shifted, whole
+
+
+def batches(source: BatchSource, first_step: int, last_step: int, *, workers: int) -> Iterator[Batch]:
+    """Batches of steps [first_step, last_step), prepared by `workers` processes."""
+    loader: DataLoader[Batch] = DataLoader(
+        source,
+        batch_size=None,
+        sampler=range(first_step, last_step),
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+    )
+    yield from loader
+
+
+def _away_from(word: tuple[int, int], total: int, reach: int, rng: np.random.Generator) -> int | None:
+    """A start such that [start, start + reach) misses the word; None where the clip is too short."""
+    before, after = word[0] - reach, total - reach - word[1]
+    choices = [(0, before), (word[1], word[1] + after)]
+    fitting = [(low, high) for low, high in choices if high > low >= 0]
+    if not fitting:
+        return None
+    low, high = fitting[int(rng.integers(len(fitting)))]
+    return int(rng.integers(low, high))
+
+
+def _possible_labels(
+    clips: Sequence[Clip], labels: Sequence[str], certain_negatives: Sequence[str]
+) -> list[npt.NDArray[np.bool_]]:
+    """For each clip the labels (background first) that its annotation says something about.
+
+    A word of the transcript, or any everyday word in untranscribed speech, may be there unmarked; the
+    loss must not call it absent.
+    """
+    certain = {clip.label for clip in clips if clip.corpus in certain_negatives}
+    cache: dict[tuple[str, str, str], npt.NDArray[np.bool_]] = {}
+
+    def possible(clip: Clip) -> npt.NDArray[np.bool_]:
+        row = np.ones(len(labels) + 1, dtype=np.bool_)
+        words = " " + " ".join(re.findall(r"\w+", clip.transcript.lower())) + " "
+        untranscribed = not clip.transcript and not clip.keyword
+        for index, label in enumerate(labels, start=1):
+            language, word = label.split(":", 1)
+            if label == clip.label or language != clip.language:
+                continue
+            if f" {word} " in words or (untranscribed and label not in certain):
+                row[index] = False
+        return row
+
+    rows = []
+    for clip in clips:
+        key = (clip.language, clip.label, clip.transcript)
+        if key not in cache:
+            cache[key] = possible(clip)
+        rows.append(cache[key])
+    return rows

@@ -1,0 +1,89 @@
+"""A recipe: everything that decides what a run produces, in one YAML file with no unknown keys."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from training.augment import AugmentRecipe
+from training.batches import SamplingRecipe
+from training.errors import RecipeError
+from training.students.edge import EdgeShape
+from training.synthesis import SynthesisRecipe
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataRecipe(_Strict):
+    """Where the recordings are, and which part of the training speakers is set aside."""
+
+    root: Path
+    calibration_fraction: float = Field(default=0.1, ge=0, lt=1)
+    corpora: tuple[str, ...] | None = None
+    most_clips_per_corpus: int | None = None
+    synthesis: SynthesisRecipe | None = None
+
+
+class ScheduleRecipe(_Strict):
+    """AdamW (Loshchilov & Hutter 2019) with linear warm-up and cosine decay."""
+
+    steps: int = Field(gt=0)
+    batch_size: int = Field(gt=1)
+    warmup_steps: int = 500
+    peak_learning_rate: float = 2e-3
+    final_learning_rate: float = 1e-5
+    weight_decay: float = 0.02
+    gradient_clip: float = 5.0
+    average_decay: float = Field(default=0.999, ge=0, lt=1)
+    checkpoint_every: int = 500
+    precision: Literal["float32", "bfloat16"] = "float32"
+    workers: int = 1
+
+
+class LossRecipe(_Strict):
+    """Weights of the terms of the joint loss."""
+
+    clip: float = 1.0
+    frame: float = 0.5
+    speaker: float = 0.4
+    label_smoothing: float = 0.05
+    speaker_scale: float = 30.0
+    speaker_margin: float = 0.2
+    margin_warmup_steps: int = 2000
+
+
+class Recipe(_Strict):
+    """The whole file."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
+    student: Literal["edge"] = "edge"
+    seed: int = 0
+    data: DataRecipe
+    shape: EdgeShape = EdgeShape()
+    sampling: SamplingRecipe = SamplingRecipe()
+    augment: AugmentRecipe = AugmentRecipe()
+    schedule: ScheduleRecipe
+    loss: LossRecipe = LossRecipe()
+
+    def digest(self) -> str:
+        """SHA-256 over what was decided; where the data lies does not count."""
+        return hashlib.sha256(self.model_dump_json(exclude={"data": {"root"}}).encode()).hexdigest()
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe; a relative data root is taken from the working directory. Raises RecipeError."""
+    try:
+        return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from error
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        raise RecipeError(f"{path}:\n" + "\n".join(lines)) from error

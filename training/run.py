@@ -1,0 +1,311 @@
+"""One training run, from recipe to weights, top to bottom. `sotto train RECIPE.yaml` calls `train`.
+
+A run is a folder: `run.json` says exactly what was run, `last.pt` is the newest checkpoint, `student.pt`
+holds the averaged weights once finished, `tensorboard/` the curves. Every step depends only on the seed
+and its own number, so a run killed anywhere and started again ends with the same weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from training.audio_cache import SAMPLE_RATE_HZ, AudioCache
+from training.batches import NO_SPEAKER, Batch, BatchSource, batches
+from training.errors import RunError
+from training.manifest import CALIBRATION_FOLD, Clip, Data, digest_data, labels_of, read_data
+from training.monitor import watch
+from training.objectives.speaker import AamSoftmax
+from training.objectives.spotting import clip_loss, frame_loss
+from training.recipe import Recipe
+from training.students.edge import FRAME_HOP, Edge, FeatureMask
+from training.synthesis import synthesize
+
+FRAME_HOP_S = FRAME_HOP / SAMPLE_RATE_HZ
+MONITOR_EVERY_CHECKPOINTS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The data of a run, ready to draw from."""
+
+    data: Data
+    training: list[Clip]
+    monitor: list[Clip]
+    labels: list[str]
+    cache: AudioCache
+
+
+def prepare(recipe: Recipe, cache_folder: Path) -> Prepared:
+    """Read tables, make synthetic voices, decode everything once. Raises TrainingError."""
+    data = read_data(recipe.data.root, calibration_fraction=recipe.data.calibration_fraction, seed=recipe.seed)
+    training = _chosen(recipe, data.split("train"))
+    labels = labels_of(training)
+    if not labels:
+        raise RunError("no training clip has a keyword")
+    if recipe.data.synthesis is not None:
+        training += synthesize(recipe.data.synthesis, labels, cache_folder / "espeak", seed=recipe.seed)
+    monitor = [clip for clip in _chosen(recipe, data.split(CALIBRATION_FOLD)) if clip.duration_s <= 4.0]
+    recordings = [item.path for item in (*data.noises, *data.rooms) if item.split == "train"]
+    cache = AudioCache.build(cache_folder, [clip.path for clip in (*training, *monitor)] + recordings)
+    return Prepared(data, training, monitor, labels, cache)
+
+
+def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int | None = None) -> Path:
+    """Train, or go on training, and return the run folder. `stop_after` ends early at that step.
+
+    Raises RunError when `folder` holds a run of another recipe.
+    """
+    prepared = prepare(recipe, cache_folder)
+    source = BatchSource(
+        prepared.data,
+        prepared.training,
+        prepared.cache,
+        prepared.labels,
+        batch_size=recipe.schedule.batch_size,
+        seed=recipe.seed,
+        sampling=recipe.sampling,
+        augment=recipe.augment,
+    )
+    torch.manual_seed(recipe.seed)
+    student = Edge(1 + len(prepared.labels), recipe.shape)
+    # Channels last is what the CPU's bfloat16 kernels want; it changes speed, not results' meaning.
+    student = student.to(memory_format=torch.channels_last)
+    angular = AamSoftmax(recipe.shape.speaker_dim, max(1, source.speaker_classes), recipe.loss.speaker_scale)
+    optimizer = _optimizer(recipe, [student, angular])
+    average = {name: value.detach().clone() for name, value in student.state_dict().items()}
+    _write_run_file(recipe, folder, prepared, source, student)
+    done = _restore(folder, recipe, student, angular, optimizer, average)
+    last = min(recipe.schedule.steps, stop_after or recipe.schedule.steps)
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done)
+    with _progress() as progress:
+        bar = progress.add_task(recipe.name, total=recipe.schedule.steps, completed=done, loss="")
+        stream = batches(source, done, last, workers=recipe.schedule.workers)
+        for step, batch in enumerate(stream, start=done):
+            terms = _step(recipe, step, batch, student, angular, optimizer)
+            _update_average(average, student, recipe.schedule.average_decay, step)
+            progress.update(bar, advance=1, loss=f"loss {terms['total']:.3f}")
+            if step % 20 == 0:
+                for name, value in terms.items():
+                    writer.add_scalar(f"loss/{name}", value, step)
+            finished = step + 1
+            if finished % recipe.schedule.checkpoint_every == 0 or finished == last:
+                _save(folder, recipe, finished, student, angular, optimizer, average)
+                checkpoints = finished // recipe.schedule.checkpoint_every
+                if prepared.monitor and checkpoints % MONITOR_EVERY_CHECKPOINTS == 0:
+                    seen = watch(_averaged(recipe, prepared, average), prepared)
+                    for name, value in seen.items():
+                        writer.add_scalar(f"calibration-fold/{name}", value, finished)
+                    progress.console.print(finished, {name: round(value, 4) for name, value in seen.items()})
+    writer.close()
+    if last == recipe.schedule.steps:
+        torch.save(average, folder / "student.pt")
+    return folder
+
+
+def load_student(folder: Path) -> tuple[Edge, dict[str, Any]]:
+    """The averaged student of a finished run, in evaluation mode, and its run.json. Raises RunError."""
+    run_file, weights = folder / "run.json", folder / "student.pt"
+    if not run_file.is_file():
+        raise RunError(f"{folder} is no run folder: run.json is missing")
+    if not weights.is_file():
+        raise RunError(f"{folder} is not finished; `sotto train` with the same recipe goes on with it")
+    run = json.loads(run_file.read_text(encoding="utf-8"))
+    recipe = Recipe.model_validate(run["recipe"])
+    student = Edge(1 + len(run["labels"]), recipe.shape)
+    student.load_state_dict(torch.load(weights, weights_only=True))
+    return student.eval(), run
+
+
+def _step(
+    recipe: Recipe, step: int, batch: Batch, student: Edge, angular: AamSoftmax, optimizer: torch.optim.Optimizer
+) -> dict[str, float]:
+    """One update of all parameters with all tasks' losses added; returns the terms."""
+    torch.manual_seed(recipe.seed * 1_000_003 + step)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(recipe, step)
+    student.train()
+    weights = recipe.loss
+    with torch.autocast("cpu", torch.bfloat16, enabled=recipe.schedule.precision == "bfloat16"):
+        out = student(batch.waveform, batch.lengths, FeatureMask(torch.default_generator))
+    clip = clip_loss(out.keyword_logits, out.mask, batch.keyword, batch.possible, weights.label_smoothing)
+    frame = frame_loss(
+        out.keyword_logits, out.mask, batch.keyword, batch.word_s, batch.possible, FRAME_HOP_S
+    )
+    known = batch.speaker != NO_SPEAKER
+    margin = weights.speaker_margin * min(1.0, step / max(1, weights.margin_warmup_steps))
+    speaker = angular(out.speaker_embedding[known], batch.speaker[known], margin) if known.any() else clip * 0
+    total = weights.clip * clip + weights.frame * frame + weights.speaker * speaker
+    optimizer.zero_grad(set_to_none=True)
+    total.backward()
+    parameters = (*student.parameters(), *angular.parameters())
+    nn.utils.clip_grad_norm_(parameters, recipe.schedule.gradient_clip)
+    optimizer.step()
+    return {
+        name: float(value.detach())
+        for name, value in (("total", total), ("clip", clip), ("frame", frame), ("speaker", speaker))
+    }
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """Linear warm-up, then half a cosine down to the final rate."""
+    schedule = recipe.schedule
+    if step < schedule.warmup_steps:
+        return schedule.peak_learning_rate * (step + 1) / schedule.warmup_steps
+    progress = (step - schedule.warmup_steps) / max(1, schedule.steps - schedule.warmup_steps)
+    span = schedule.peak_learning_rate - schedule.final_learning_rate
+    return schedule.final_learning_rate + span * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _optimizer(recipe: Recipe, modules: Iterable[nn.Module]) -> torch.optim.AdamW:
+    """Decay acts on matrices and kernels only: shrinking a norm's scale or a bias means nothing."""
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    return torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.schedule.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ],
+        lr=recipe.schedule.peak_learning_rate,
+    )
+
+
+def _update_average(average: dict[str, torch.Tensor], student: Edge, decay: float, step: int) -> None:
+    """Exponential average of weights and statistics; the first steps count less (Adam's correction)."""
+    decay = min(decay, (1 + step) / (10 + step))
+    for name, value in student.state_dict().items():
+        if value.dtype.is_floating_point:
+            average[name].lerp_(value.detach(), 1 - decay)
+        else:
+            average[name].copy_(value)
+
+
+def _averaged(recipe: Recipe, prepared: Prepared, average: dict[str, torch.Tensor]) -> Edge:
+    student = Edge(1 + len(prepared.labels), recipe.shape)
+    student.load_state_dict(average)
+    return student.eval()
+
+
+def _save(
+    folder: Path,
+    recipe: Recipe,
+    step: int,
+    student: Edge,
+    angular: AamSoftmax,
+    optimizer: torch.optim.Optimizer,
+    average: dict[str, torch.Tensor],
+) -> None:
+    partial = folder / "last.partial"
+    state = {
+        "recipe": recipe.digest(),
+        "step": step,
+        "student": student.state_dict(),
+        "angular": angular.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "average": average,
+    }
+    torch.save(state, partial)
+    partial.replace(folder / "last.pt")
+
+
+def _restore(
+    folder: Path,
+    recipe: Recipe,
+    student: Edge,
+    angular: AamSoftmax,
+    optimizer: torch.optim.Optimizer,
+    average: dict[str, torch.Tensor],
+) -> int:
+    path = folder / "last.pt"
+    if not path.is_file():
+        return 0
+    state = torch.load(path, weights_only=True)
+    if state["recipe"] != recipe.digest():
+        raise RunError(f"{folder} holds a run of another recipe; give --run another folder")
+    student.load_state_dict(state["student"])
+    angular.load_state_dict(state["angular"])
+    optimizer.load_state_dict(state["optimizer"])
+    for name, value in state["average"].items():
+        average[name].copy_(value)
+    return int(state["step"])
+
+
+def _write_run_file(
+    recipe: Recipe, folder: Path, prepared: Prepared, source: BatchSource, student: Edge
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "run.json"
+    if path.is_file():
+        if json.loads(path.read_text(encoding="utf-8"))["recipe_digest"] != recipe.digest():
+            raise RunError(f"{folder} holds a run of another recipe; give --run another folder")
+        return
+    run = {
+        "recipe": recipe.model_dump(mode="json"),
+        "recipe_digest": recipe.digest(),
+        "seed": recipe.seed,
+        "data": digest_data(prepared.data),
+        "git_revision": git_revision(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "labels": prepared.labels,
+        "training_clips": len(prepared.training),
+        "speakers": len(source.speakers),
+        "parameters": sum(parameter.numel() for parameter in student.parameters()),
+    }
+    path.write_text(json.dumps(run, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def git_revision() -> str:
+    """HEAD of the code's repository, with `+changes` where files differ from it; "unknown" without git."""
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--", "."], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{head}+changes" if changed else head
+
+
+def _chosen(recipe: Recipe, clips: list[Clip]) -> list[Clip]:
+    if recipe.data.corpora is not None:
+        clips = [clip for clip in clips if clip.corpus in recipe.data.corpora]
+    most = recipe.data.most_clips_per_corpus
+    if most is None:
+        return clips
+    kept: dict[str, int] = {}
+    result = []
+    # Striding instead of taking the first ones keeps all speakers and words in.
+    counts: dict[str, int] = {}
+    for clip in clips:
+        counts[clip.corpus] = counts.get(clip.corpus, 0) + 1
+    for clip in clips:
+        position = kept.get(clip.corpus, 0)
+        kept[clip.corpus] = position + 1
+        if position % max(1, counts[clip.corpus] // most) == 0:
+            result.append(clip)
+    return result
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[loss]}"),
+        refresh_per_second=1,
+    )

@@ -1,0 +1,74 @@
+"""Log-mel features from the waveform, inside the graph, so training and serving cannot differ."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+HOP = 160
+BLOCKS = 3
+WINDOW = BLOCKS * HOP
+LOWEST_HZ, HIGHEST_HZ = 40.0, 7600.0
+# Mel power below this is inaudible at 16 bits; the logarithm stops there.
+FLOOR = 1e-6
+# Rough centre and spread of log mel power in speech. Constants, so no statistic over time or batch
+# enters, and the zero that convolutions pad with means "fairly quiet".
+CENTRE, SPREAD = -5.0, 4.0
+
+
+class LogMel(nn.Module):
+    """Waveform [B, N] in [-1, 1] at 16 kHz -> features [B, mels, ceil(N / 160)], 10 ms apart.
+
+    Windows of 30 ms are three hops long, so framing is three slices side by side. A Hann window is
+    symmetric, hence the real part of the transform needs x[n] + x[W-n] only and the imaginary part
+    x[n] - x[W-n]: two half-size matrix products in place of one full one.
+    """
+
+    def __init__(self, mels: int = 64, sample_rate_hz: int = 16_000) -> None:
+        super().__init__()
+        half = WINDOW // 2
+        bins = half + 1
+        n = torch.arange(1, half + 1, dtype=torch.float64)
+        k = torch.arange(bins, dtype=torch.float64)
+        phase = 2 * math.pi * torch.outer(n, k) / WINDOW
+        window = 0.5 - 0.5 * torch.cos(2 * math.pi * n / WINDOW)
+        # n = W/2 is its own mirror image: the fold below counts it twice.
+        window[-1] *= 0.5
+        self.cosine: Tensor
+        self.sine: Tensor
+        self.mel: Tensor
+        self.register_buffer("cosine", (torch.cos(phase) * window[:, None]).float(), persistent=False)
+        self.register_buffer("sine", (torch.sin(phase) * window[:, None]).float(), persistent=False)
+        self.register_buffer("mel", mel_filters(mels, bins, sample_rate_hz).float(), persistent=False)
+
+    def forward(self, waveform: Tensor) -> Tensor:
+        count = waveform.shape[0]
+        left = waveform.new_zeros(count, HOP)
+        right = waveform.new_zeros(count, 2 * HOP - 1)
+        padded = torch.cat([left, waveform, right], dim=1)
+        hops = padded[:, : padded.shape[1] // HOP * HOP].reshape(count, -1, HOP)
+        frames = torch.cat([hops[:, :-2], hops[:, 1:-1], hops[:, 2:]], dim=2)
+        half = WINDOW // 2
+        ahead = frames[:, :, 1 : half + 1]
+        behind = frames[:, :, half:].flip(2)
+        real = torch.matmul(ahead + behind, self.cosine)
+        imaginary = torch.matmul(ahead - behind, self.sine)
+        power = torch.matmul(real * real + imaginary * imaginary, self.mel)
+        features = (torch.log(power + FLOOR) - CENTRE) / SPREAD
+        return features.transpose(1, 2)
+
+
+def mel_filters(mels: int, bins: int, sample_rate_hz: int) -> Tensor:
+    """Triangles of equal height on the HTK mel scale, [bins, mels], float64."""
+
+    def to_mel(hz: float) -> float:
+        return 2595.0 * math.log10(1.0 + hz / 700.0)
+
+    edges_mel = torch.linspace(to_mel(LOWEST_HZ), to_mel(HIGHEST_HZ), mels + 2, dtype=torch.float64)
+    edges_hz = 700.0 * (10.0 ** (edges_mel / 2595.0) - 1.0)
+    bin_hz = torch.linspace(0.0, sample_rate_hz / 2, bins, dtype=torch.float64)
+    rising = (bin_hz[:, None] - edges_hz[:-2]) / (edges_hz[1:-1] - edges_hz[:-2])
+    falling = (edges_hz[2:] - bin_hz[:, None]) / (edges_hz[2:] - edges_hz[1:-1])
+    return torch.minimum(rising, falling).clamp(min=0.0)
