@@ -182,9 +182,7 @@ def _read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     return rows
 
 
-def _clip(
-    root: Path, number: int, row: dict[str, str], alignments: dict[str, tuple[float, float]]
-) -> Clip:
+def _clip(root: Path, number: int, row: dict[str, str], alignments: dict[str, tuple[float, float]]) -> Clip:
     where = f"{root / 'manifest.csv'}:{number}"
     if row["split"] not in SPLITS:
         raise ManifestError(f"{where}: split is {row['split']!r}, wanted one of {', '.join(SPLITS)}")

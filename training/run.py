@@ -140,9 +140,7 @@ def _step(
     with torch.autocast("cpu", torch.bfloat16, enabled=recipe.schedule.precision == "bfloat16"):
         out = student(batch.waveform, batch.lengths, FeatureMask(torch.default_generator))
     clip = clip_loss(out.keyword_logits, out.mask, batch.keyword, batch.possible, weights.label_smoothing)
-    frame = frame_loss(
-        out.keyword_logits, out.mask, batch.keyword, batch.word_s, batch.possible, FRAME_HOP_S
-    )
+    frame = frame_loss(out.keyword_logits, out.mask, batch.keyword, batch.word_s, batch.possible, FRAME_HOP_S)
     known = batch.speaker != NO_SPEAKER
     margin = weights.speaker_margin * min(1.0, step / max(1, weights.margin_warmup_steps))
     speaker = angular(out.speaker_embedding[known], batch.speaker[known], margin) if known.any() else clip * 0
@@ -240,9 +238,7 @@ def _restore(
     return int(state["step"])
 
 
-def _write_run_file(
-    recipe: Recipe, folder: Path, prepared: Prepared, source: BatchSource, student: Edge
-) -> None:
+def _write_run_file(recipe: Recipe, folder: Path, prepared: Prepared, source: BatchSource, student: Edge) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "run.json"
     if path.is_file():

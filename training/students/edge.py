@@ -124,9 +124,7 @@ class AttentiveStatistics(nn.Module):
 
     def __init__(self, width: int, bottleneck: int = 128) -> None:
         super().__init__()
-        self.score = nn.Sequential(
-            nn.Conv2d(width, bottleneck, 1), nn.Tanh(), nn.Conv2d(bottleneck, width, 1)
-        )
+        self.score = nn.Sequential(nn.Conv2d(width, bottleneck, 1), nn.Tanh(), nn.Conv2d(bottleneck, width, 1))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         score = self.score(x).float().masked_fill(mask == 0, -1e4)

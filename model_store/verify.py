@@ -1,0 +1,116 @@
+"""Everything that must hold before a bundle is served."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import onnxruntime
+
+from model_store import golden
+from model_store.errors import BundleError
+from model_store.graph import OUTPUTS, check_graph
+from model_store.store import MANIFEST, Bundle
+
+# Neighbours for the batch check: a louder one and one so quiet that any shared scale would show.
+NEIGHBOUR_GAINS = (1.0, 8.0, 0.001)
+
+
+def verify_bundle(bundle: Bundle) -> None:
+    """Check files, graph and outputs. Raises BundleError with the first fault found.
+
+    Nothing reaches ONNX Runtime before every file's hash, the absence of external data, the operator
+    set and the input and output names are known to be right.
+    """
+    _check_listing(bundle)
+    contents = {name: bundle.read(name) for name in bundle.manifest.files}
+    graph = contents[bundle.manifest.graph.file]
+    check_graph(graph, bundle.manifest)
+    waveform, expected = golden.unpack(contents[bundle.manifest.golden_file])
+    _check_cohort(bundle, contents)
+    session = _session(graph)
+    _check_golden(session, waveform, expected)
+    _check_dimensions(bundle, expected)
+    _check_invariance(session, waveform, expected)
+
+
+def _check_listing(bundle: Bundle) -> None:
+    found = {entry.name for entry in os.scandir(bundle.path)}
+    strangers = sorted(found - set(bundle.manifest.files) - {MANIFEST})
+    if strangers:
+        raise BundleError(f"{bundle.path} holds files that the manifest does not list: {', '.join(strangers)}")
+
+
+def _check_cohort(bundle: Bundle, contents: dict[str, bytes]) -> None:
+    name = bundle.manifest.speaker.cohort_file
+    if name is not None:
+        read_cohort(contents[name], bundle.manifest.speaker.dim)
+
+
+def read_cohort(data: bytes, dim: int) -> golden.Array:
+    """The cohort, [speakers, dim] unit vectors as float32, from raw little-endian float32 bytes."""
+    if len(data) % (4 * dim) or not data:
+        raise BundleError(f"the cohort has {len(data)} bytes, no multiple of {dim} float32")
+    cohort = np.frombuffer(data, dtype="<f4").reshape(-1, dim).astype(np.float32)
+    if not np.allclose(np.linalg.norm(cohort, axis=1), 1.0, atol=1e-3):
+        raise BundleError("the cohort's rows are not unit vectors")
+    return cohort
+
+
+def _session(graph: bytes) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        # ONNX Runtime's exceptions share no base class of their own.
+        raise BundleError(f"ONNX Runtime refuses the graph: {error}") from error
+
+
+def _run(session: onnxruntime.InferenceSession, waveforms: list[golden.Array]) -> dict[str, golden.Array]:
+    lengths = np.array([len(waveform) for waveform in waveforms], dtype=np.int64)
+    batch = np.zeros((len(waveforms), int(lengths.max())), dtype=np.float32)
+    for row, waveform in enumerate(waveforms):
+        batch[row, : len(waveform)] = waveform
+    try:
+        values = session.run(list(OUTPUTS), {"waveform": batch, "lengths": lengths})
+    except Exception as error:
+        raise BundleError(f"the graph does not run: {error}") from error
+    return dict(zip(OUTPUTS, values, strict=True))
+
+
+def _check_golden(
+    session: onnxruntime.InferenceSession, waveform: golden.Array, expected: dict[str, golden.Array]
+) -> None:
+    found = _run(session, [waveform])
+    for name in OUTPUTS:
+        golden.compare(f"golden clip: {name}", expected[name], found[name][0])
+
+
+def _check_dimensions(bundle: Bundle, expected: dict[str, golden.Array]) -> None:
+    manifest = bundle.manifest
+    wanted = {
+        "keyword_logits": 1 + len(manifest.keywords.labels),
+        "speaker_embedding": manifest.speaker.dim,
+        "embedding": manifest.embedding.dim,
+        "frames": manifest.embedding.dim,
+    }
+    for name, size in wanted.items():
+        if expected[name].shape[-1] != size:
+            raise BundleError(f"{name} has {expected[name].shape[-1]} values, the manifest says {size}")
+
+
+def _check_invariance(
+    session: onnxruntime.InferenceSession, waveform: golden.Array, expected: dict[str, golden.Array]
+) -> None:
+    """The clip among longer, louder and near-silent neighbours gives what it gives alone."""
+    longer = np.concatenate([waveform, waveform[::-1], waveform])
+    neighbours = [np.clip(longer * np.float32(gain), -1, 1).astype(np.float32) for gain in NEIGHBOUR_GAINS]
+    found = _run(session, [waveform, *neighbours])
+    for name in OUTPUTS:
+        own = found[name][0]
+        if own.ndim == 2:
+            own = own[: len(expected[name])]
+        golden.compare(f"batched golden clip: {name}", expected[name], own)

@@ -1,0 +1,1 @@
+"""The serving application. Never imports torch or `training`."""

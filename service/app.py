@@ -1,0 +1,88 @@
+"""create_app(settings): builds every part, wires routes, owns the lifespan."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from http import HTTPStatus
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from service.errors import PROBLEM_JSON, PROBLEM_TYPE_PREFIX, InvalidRequestError, NotFoundError, ServiceError
+from service.middleware import RequestFrame
+from service.routes import analyze, embeddings, keywords, models, ops, speakers
+from service.routes.common import refuse_unknown_query, runtime_of
+from service.runtime import Runtime
+from service.settings import Settings
+
+DESCRIPTION = """Keywords, speaker verification and speech embeddings from one small network.
+
+Send audio as the raw body (`audio/wav`, `audio/flac`, `audio/ogg`, `audio/mpeg`, `audio/pcm;rate=16000`) or as the
+part `audio` of `multipart/form-data`. Errors are RFC 9457 problem details with a stable `code`."""
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The application; the model is loaded when its lifespan starts."""
+    runtime = Runtime(settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await asyncio.to_thread(runtime.start)
+        try:
+            yield
+        finally:
+            runtime.draining = True
+            await asyncio.to_thread(runtime.close, settings.shutdown_grace_s)
+
+    app = FastAPI(
+        title="sotto",
+        description=DESCRIPTION,
+        version=version("sotto"),
+        lifespan=lifespan,
+        redirect_slashes=False,
+        license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        dependencies=[Depends(refuse_unknown_query)],
+    )
+    app.state.runtime = runtime
+    for module in (keywords, speakers, embeddings, analyze, models, ops):
+        app.include_router(module.router)
+    app.add_middleware(RequestFrame, metrics=runtime.metrics)
+    app.add_exception_handler(ServiceError, _on_service_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    return app
+
+
+async def _on_service_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ServiceError)
+    runtime_of(request).metrics.rejects.labels(error.code).inc()
+    return JSONResponse(error.problem(request.url.path), error.status, headers=error.headers(), media_type=PROBLEM_JSON)
+
+
+async def _on_validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()[:5])
+    return await _on_service_error(request, InvalidRequestError(faults))
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    """Starlette's own 404 and 405, in the one error shape."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        return await _on_service_error(request, NotFoundError(f"no route {request.url.path[:200]}"))
+    code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
+    body: dict[str, Any] = {
+        "type": PROBLEM_TYPE_PREFIX + code,
+        "title": HTTPStatus(error.status_code).phrase,
+        "status": error.status_code,
+        "detail": str(error.detail),
+        "instance": request.url.path,
+        "code": code,
+    }
+    return JSONResponse(body, error.status_code, headers=error.headers, media_type=PROBLEM_JSON)

@@ -1,0 +1,80 @@
+"""API keys: who calls, what they may do, and how often."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from starlette.requests import Request
+
+from service.errors import ForbiddenError, RateLimitedError, UnauthenticatedError
+from service.settings import ApiKey, Scope, Settings
+
+KEY_BYTES = 32
+DEFAULT_TENANT = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """An authenticated caller; without configured keys, everyone on this machine is `anonymous`."""
+
+    name: str
+    tenant: str
+    scopes: frozenset[Scope]
+
+
+ANONYMOUS = Caller("anonymous", DEFAULT_TENANT, frozenset(("infer", "enrol", "admin")))
+
+
+class Authenticator:
+    """Maps a request to its caller. Keys are compared by SHA-256, so no secret is kept in memory."""
+
+    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
+        self._keys: dict[str, ApiKey] = {key.sha256: key for key in settings.api_keys}
+        self._rate = settings.rate_per_minute / 60
+        self._burst = max(1.0, float(settings.rate_per_minute))
+        self._clock = clock
+        self._buckets: dict[str, tuple[float, float]] = {}
+
+    def caller(self, request: Request, scope: Scope) -> Caller:
+        """Raises UnauthenticatedError, ForbiddenError, RateLimitedError."""
+        caller = self._identify(request) if self._keys else ANONYMOUS
+        if scope not in caller.scopes:
+            raise ForbiddenError(f"key {caller.name!r} lacks the scope {scope!r}")
+        if self._rate > 0:
+            self._spend(caller.name)
+        return caller
+
+    def _identify(self, request: Request) -> Caller:
+        kind, _, token = request.headers.get("authorization", "").partition(" ")
+        secret = token.strip() if kind.lower() == "bearer" else request.headers.get("x-api-key", "")
+        if not secret:
+            raise UnauthenticatedError("send `Authorization: Bearer KEY` or `X-API-Key: KEY`")
+        # The digest of an unguessable key may be looked up in a table: timing tells nothing of the key.
+        key = self._keys.get(hash_key(secret))
+        if key is None:
+            raise UnauthenticatedError("unknown API key")
+        return Caller(key.name, key.tenant, frozenset(key.scopes))
+
+    def _spend(self, name: str) -> None:
+        """A token bucket that holds one minute's worth."""
+        now = self._clock()
+        tokens, last = self._buckets.get(name, (self._burst, now))
+        tokens = min(self._burst, tokens + (now - last) * self._rate)
+        if tokens < 1:
+            self._buckets[name] = (tokens, now)
+            raise RateLimitedError(f"key {name!r} is over its rate", retry_after_s=(1 - tokens) / self._rate)
+        self._buckets[name] = (tokens - 1, now)
+
+
+def hash_key(secret: str) -> str:
+    """SHA-256 in hex, as configured in `SOTTO_API_KEYS`."""
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def new_key() -> str:
+    """A fresh secret of 256 bits."""
+    return "sotto_" + secrets.token_urlsafe(KEY_BYTES)

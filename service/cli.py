@@ -1,0 +1,46 @@
+"""`sotto serve` and `sotto keys`."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import typer
+from pydantic import ValidationError
+
+from model_store import StoreError
+from service.auth import hash_key, new_key
+from service.errors import ServiceError
+from service.settings import Settings
+
+app = typer.Typer(help="The service.")
+keys = typer.Typer(no_args_is_help=True, help="API keys.")
+app.add_typer(keys, name="keys")
+
+
+@app.command()
+def serve() -> None:
+    """Serve, in the foreground. Configured by SOTTO_* variables (SOTTO_HOST, SOTTO_PORT, SOTTO_DATA_DIR, ...)."""
+    from service.server import run
+
+    try:
+        settings = Settings()
+        status = run(settings)
+    except ValidationError as error:
+        for fault in error.errors():
+            name = "SOTTO_" + "_".join(map(str, fault["loc"])).upper() if fault["loc"] else "settings"
+            typer.echo(f"error: {name}: {fault['msg'].removeprefix('Value error, ')}", err=True)
+        raise typer.Exit(2) from error
+    except (StoreError, ServiceError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    sys.exit(status)
+
+
+@keys.command("new")
+def new(name: str = "default", scope: list[str] = ["infer", "enrol"]) -> None:  # noqa: B006  typer copies it
+    """Make an API key; prints the secret once, and the configuration that accepts it."""
+    secret = new_key()
+    entry = {"name": name, "sha256": hash_key(secret), "scopes": scope}
+    typer.echo(f"key (give this to the caller, it is not stored): {secret}")
+    typer.echo(f"SOTTO_API_KEYS='{json.dumps([entry])}'")

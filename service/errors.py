@@ -1,0 +1,196 @@
+"""Every failure a caller can be told about, as RFC 9457 problem details.
+
+ServiceError
+ ├─ 400 UndecodableAudioError     undecodable_audio
+ ├─ 400 InvalidRequestError       invalid_request (422 where the value, not the syntax, is wrong)
+ ├─ 401 UnauthenticatedError      unauthenticated
+ ├─ 403 ForbiddenError            forbidden
+ ├─ 404 NotFoundError             not_found
+ ├─ 409 ProfileIncompleteError    profile_incomplete
+ ├─ 409 ModelMismatchError        model_mismatch
+ ├─ 413 AudioTooLargeError        audio_too_large
+ ├─ 415 UnsupportedMediaTypeError unsupported_media_type
+ ├─ 422 AudioTooShortError        audio_too_short
+ ├─ 422 NoSpeechError             no_speech
+ ├─ 422 InvalidSamplesError       invalid_samples
+ ├─ 429 RateLimitedError          rate_limited, with Retry-After
+ ├─ 500 InferenceFailedError      inference_failed
+ ├─ 503 OverloadedError           overloaded, with Retry-After
+ ├─ 503 StorageUnavailableError   storage_unavailable, with Retry-After
+ └─ 504 DeadlineExceededError     deadline_exceeded
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+PROBLEM_JSON = "application/problem+json"
+PROBLEM_TYPE_PREFIX = "urn:sotto:problem:"
+
+
+class Problem(BaseModel):
+    """RFC 9457 problem details; `code` is stable and meant for programs."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "type": "urn:sotto:problem:undecodable_audio",
+                "title": "Audio cannot be decoded",
+                "status": 400,
+                "detail": "the body is empty",
+                "instance": "/v1/keywords/detect",
+                "code": "undecodable_audio",
+            }
+        }
+    )
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: str
+    code: str
+
+
+class ServiceError(Exception):
+    """Root; each leaf is one status and one code."""
+
+    status = 500
+    code = "internal_error"
+    title = "Internal error"
+
+    def __init__(self, detail: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.retry_after_s = retry_after_s
+
+    def problem(self, instance: str) -> dict[str, Any]:
+        """The response body."""
+        return {
+            "type": PROBLEM_TYPE_PREFIX + self.code,
+            "title": self.title,
+            "status": self.status,
+            "detail": self.detail,
+            "instance": instance,
+            "code": self.code,
+        }
+
+    def headers(self) -> dict[str, str]:
+        """Extra response headers."""
+        if self.retry_after_s is None:
+            return {}
+        return {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
+
+
+class UndecodableAudioError(ServiceError):
+    """Empty, truncated to nothing, not audio, or audio of a shape that is refused."""
+
+    status, code, title = 400, "undecodable_audio", "Audio cannot be decoded"
+
+
+class InvalidRequestError(ServiceError):
+    """A parameter is unknown or out of range."""
+
+    status, code, title = 422, "invalid_request", "Request is not valid"
+
+
+class MalformedBodyError(ServiceError):
+    """A multipart body that breaks off or breaks the rules."""
+
+    status, code, title = 400, "malformed_body", "Body is malformed"
+
+
+class UnauthenticatedError(ServiceError):
+    """No API key, or a wrong one."""
+
+    status, code, title = 401, "unauthenticated", "API key missing or wrong"
+
+    def headers(self) -> dict[str, str]:
+        return {"WWW-Authenticate": "Bearer"}
+
+
+class ForbiddenError(ServiceError):
+    """The key is right but lacks the scope."""
+
+    status, code, title = 403, "forbidden", "API key lacks a scope"
+
+
+class NotFoundError(ServiceError):
+    """Unknown speaker, model, keyword or route."""
+
+    status, code, title = 404, "not_found", "Not found"
+
+
+class ProfileIncompleteError(ServiceError):
+    """The speaker has not enrolled enough speech yet."""
+
+    status, code, title = 409, "profile_incomplete", "Profile is still enrolling"
+
+
+class ModelMismatchError(ServiceError):
+    """The profile was made by another model."""
+
+    status, code, title = 409, "model_mismatch", "Profile was made by another model"
+
+
+class AudioTooLargeError(ServiceError):
+    """Too many bytes, or too many seconds once decoded."""
+
+    status, code, title = 413, "audio_too_large", "Audio too large"
+
+
+class UnsupportedMediaTypeError(ServiceError):
+    """The media type is neither audio nor multipart."""
+
+    status, code, title = 415, "unsupported_media_type", "Media type not supported"
+
+
+class AudioTooShortError(ServiceError):
+    """Shorter than the model's shortest clip."""
+
+    status, code, title = 422, "audio_too_short", "Audio too short"
+
+
+class NoSpeechError(ServiceError):
+    """Nothing but silence or steady noise where a voice is needed."""
+
+    status, code, title = 422, "no_speech", "No speech found"
+
+
+class InvalidSamplesError(ServiceError):
+    """NaN or infinite samples."""
+
+    status, code, title = 422, "invalid_samples", "Samples are not finite"
+
+
+class RateLimitedError(ServiceError):
+    """Over this key's rate."""
+
+    status, code, title = 429, "rate_limited", "Too many requests"
+
+
+class InferenceFailedError(ServiceError):
+    """The model failed on this request; the fault is ours."""
+
+    status, code, title = 500, "inference_failed", "Inference failed"
+
+
+class OverloadedError(ServiceError):
+    """The queue is full or the wait would pass the deadline; come back after Retry-After."""
+
+    status, code, title = 503, "overloaded", "Overloaded"
+
+
+class StorageUnavailableError(ServiceError):
+    """Profiles cannot be read or written right now; nothing was changed."""
+
+    status, code, title = 503, "storage_unavailable", "Profile storage unavailable"
+
+
+class DeadlineExceededError(ServiceError):
+    """The deadline passed before the answer was ready."""
+
+    status, code, title = 504, "deadline_exceeded", "Deadline exceeded"

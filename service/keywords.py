@@ -1,0 +1,154 @@
+"""Frame logits -> keyword scores and detections. Pure functions.
+
+Let r_k(t) = exp(z_k(t) - z_0(t)) be the odds of keyword k against background at frame t. Under the model
+that a window W holds at most one keyword, said at one of its frames (training/objectives/spotting.py),
+
+    score_k(W) = sum_{t in W} r_k(t) / (1 + sum_j sum_{t in W} r_j(t)),
+
+a probability over keywords and background. One window slides over the clip; a clip no longer than the
+window has one score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from model_store import KeywordInfo
+
+# exp(30) in a sum of thousands is exact enough in float64, and beyond it the score is 1 anyway.
+LARGEST_LOG_ODDS = 30.0
+# A detection's edges are where the odds of its keyword fall below this share of their peak's.
+EDGE_SHARE = 0.05
+
+Array = npt.NDArray[np.float32]
+Scores = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Detection:
+    """One keyword event; times in seconds from the start of the clip."""
+
+    keyword: str
+    score: float
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """A keyword's best score anywhere in the clip."""
+
+    keyword: str
+    score: float
+
+
+def window_scores(logits: Array, info: KeywordInfo) -> Scores:
+    """Logits [T, 1 + K] -> scores [T, K]: frame t's window is centred on it."""
+    odds = _odds(logits)
+    half = max(1, round(info.window_s / info.frame_hop_s)) // 2
+    sums = np.concatenate([np.zeros((1, odds.shape[1])), np.cumsum(odds, axis=0)])
+    frames = np.arange(len(odds))
+    first = np.maximum(frames - half, 0)
+    last = np.minimum(frames + half + 1, len(odds))
+    inside = np.maximum(sums[last] - sums[first], 0.0)
+    scores: Scores = inside / (1.0 + inside.sum(axis=1, keepdims=True))
+    return scores
+
+
+def rank(scores: Scores, info: KeywordInfo, top_k: int, allowed: npt.NDArray[np.bool_]) -> list[Ranked]:
+    """The `top_k` allowed keywords by best score, best first."""
+    best = np.where(allowed, scores.max(axis=0), -1.0)
+    order = np.argsort(-best, kind="stable")[: min(top_k, int(allowed.sum()))]
+    return [Ranked(info.labels[index].label, float(best[index])) for index in order]
+
+
+def detect(
+    logits: Array,
+    scores: Scores,
+    info: KeywordInfo,
+    duration_s: float,
+    allowed: npt.NDArray[np.bool_],
+    threshold: float | None,
+) -> list[Detection]:
+    """Events in time order: where an allowed keyword's score passes its threshold (or the caller's).
+
+    Peaks are taken best first. A weaker peak counts only outside the time of every stronger one, whatever
+    its keyword, and outside the refractory time of a stronger one of the same keyword: so a word said
+    once is reported once, and one stretch of sound is one word.
+    """
+    thresholds = np.array([keyword.threshold for keyword in info.labels])
+    if threshold is not None:
+        thresholds = np.full(len(thresholds), threshold)
+    # With a threshold of 0 every frame would qualify; a score of 0 is the absence of evidence.
+    passing = (scores >= thresholds) & (scores > 0) & allowed
+    candidates = _peaks(scores, passing)
+    odds = _odds(logits)
+    kept: list[tuple[int, Detection]] = []
+    for frame, index in candidates:
+        found = _event(odds[:, index], scores[frame, index], frame, index, info, duration_s)
+        centre_s = (found.start_s + found.end_s) / 2
+        if all(_compatible(found, centre_s, other, index == kind, info.refractory_s) for kind, other in kept):
+            kept.append((index, found))
+    return sorted((found for _, found in kept), key=lambda item: (item.start_s, item.end_s))
+
+
+def allowed_labels(info: KeywordInfo, wanted: Sequence[str]) -> npt.NDArray[np.bool_]:
+    """Mask [K] of the labels asked for; all when none are. Raises KeyError for an unknown label."""
+    names = {keyword.label: index for index, keyword in enumerate(info.labels)}
+    mask = np.full(len(names), not wanted)
+    for label in wanted:
+        mask[names[label]] = True
+    return mask
+
+
+def _odds(logits: Array) -> Scores:
+    relative = logits[:, 1:].astype(np.float64) - logits[:, :1].astype(np.float64)
+    odds: Scores = np.exp(np.minimum(relative, LARGEST_LOG_ODDS))
+    return odds
+
+
+def _peaks(scores: Scores, passing: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """(frame, keyword) of each passing run's best frame, best score first.
+
+    A window sum has a plateau as wide as the window around a short word; its middle is the word's.
+    """
+    peaks: list[tuple[float, int, int]] = []
+    for index in np.flatnonzero(passing.any(axis=0)):
+        column, mask = scores[:, index], passing[:, index]
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.view(np.int8), [0]])))
+        for start, stop in edges.reshape(-1, 2):
+            run = column[start:stop]
+            best = float(run.max())
+            plateau = np.flatnonzero(run >= best * (1 - 1e-3))
+            peaks.append((best, int(start + plateau[len(plateau) // 2]), int(index)))
+    return [(frame, index) for _, frame, index in sorted(peaks, key=lambda peak: (-peak[0], peak[1], peak[2]))]
+
+
+def _event(odds: Scores, score: np.float64, frame: int, index: int, info: KeywordInfo, duration_s: float) -> Detection:
+    """Start and end: how far around the strongest frame near the peak the odds stay up."""
+    reach = max(1, round(info.window_s / info.frame_hop_s)) // 2
+    begin = max(0, frame - reach)
+    summit = begin + int(odds[begin : frame + reach + 1].argmax())
+    longest = max(1, round(1.5 * info.labels[index].typical_s / info.frame_hop_s))
+    floor = odds[summit] * EDGE_SHARE
+    first = last = summit
+    while first > 0 and summit - first < longest and odds[first - 1] >= floor:
+        first -= 1
+    while last + 1 < len(odds) and last - summit < longest and odds[last + 1] >= floor:
+        last += 1
+    half_hop_s = info.frame_hop_s / 2
+    start_s = max(0.0, first * info.frame_hop_s - half_hop_s)
+    end_s = min(duration_s, last * info.frame_hop_s + half_hop_s)
+    return Detection(info.labels[index].label, float(score), start_s, max(start_s, end_s))
+
+
+def _compatible(found: Detection, centre_s: float, other: Detection, same: bool, refractory_s: float) -> bool:
+    """Whether `found` may stand beside the stronger `other`."""
+    other_centre_s = (other.start_s + other.end_s) / 2
+    if other.start_s <= centre_s <= other.end_s or found.start_s <= other_centre_s <= found.end_s:
+        return False
+    return not same or abs(centre_s - other_centre_s) >= refractory_s

@@ -1,0 +1,67 @@
+"""Every Prometheus collector, declared once. Labels are bounded: no speaker, key, path or free text."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+
+REQUEST_BUCKETS_S = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+STAGE_BUCKETS_S = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0)
+STAGES = ("receive", "decode", "queue", "inference", "postprocess")
+
+
+class Metrics:
+    """One instance an application, on a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+        GCCollector(registry=registry)
+        self.request_duration = Histogram(
+            "sotto_request_duration_seconds",
+            "Time from request headers to the last byte of the response.",
+            ("route", "method", "status"),
+            buckets=REQUEST_BUCKETS_S,
+            registry=registry,
+        )
+        self.stage_duration = Histogram(
+            "sotto_stage_duration_seconds",
+            "Time one request spent in one stage.",
+            ("stage",),
+            buckets=STAGE_BUCKETS_S,
+            registry=registry,
+        )
+        for stage in STAGES:
+            self.stage_duration.labels(stage)
+        self.batch_size = Histogram(
+            "sotto_batch_size", "Clips in one graph call.", buckets=(1, 2, 4, 8, 16, 32, 64), registry=registry
+        )
+        self.queue_depth = Gauge("sotto_queue_depth", "Clips waiting for a graph call.", registry=registry)
+        self.queued_audio = Gauge("sotto_queued_audio_seconds", "Audio waiting for a graph call.", registry=registry)
+        self.rejects = Counter(
+            "sotto_rejects_total", "Requests refused, by error code.", ("reason",), registry=registry
+        )
+        self.audio_seconds = Counter("sotto_audio_seconds_total", "Audio analysed.", registry=registry)
+        self.detections = Counter(
+            "sotto_detections_total", "Keyword detections reported.", ("keyword",), registry=registry
+        )
+        self.verifications = Counter(
+            "sotto_verifications_total", "Verification attempts by outcome.", ("outcome",), registry=registry
+        )
+        for outcome in ("accepted", "rejected"):
+            self.verifications.labels(outcome)
+        self.enrolment_clips = Counter(
+            "sotto_enrolment_clips_total", "Enrolment clips by outcome.", ("outcome",), registry=registry
+        )
+        self.worker_failures = Counter(
+            "sotto_worker_failures_total", "Graph calls that raised, and workers that had to be restarted.",
+            ("kind",), registry=registry,
+        )  # fmt: skip
+        for kind in ("call", "restart"):
+            self.worker_failures.labels(kind)
+        self.ready = Gauge("sotto_ready", "1 while the service takes requests.", registry=registry)
+        self.inference_threads = Gauge("sotto_inference_threads", "Concurrent graph calls in use.", registry=registry)
+        self.model = Info("sotto_model", "The default model.", registry=registry)

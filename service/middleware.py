@@ -1,0 +1,79 @@
+"""What surrounds every request: an id, stage times, the duration metric, and problem details for faults."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import PROBLEM_JSON, ServiceError
+from service.metrics import Metrics
+from service.timing import StageClock
+
+REQUEST_ID = "X-Request-ID"
+_PLAIN_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
+
+log = logging.getLogger(__name__)
+
+
+class RequestFrame:
+    """Pure ASGI, so a streamed body is never buffered on its way."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        clock = StageClock(self._metrics)
+        scope.setdefault("state", {})["clock"] = clock
+        offered = Headers(scope=scope).get(REQUEST_ID, "")
+        request_id = offered if _PLAIN_ID.fullmatch(offered) else uuid.uuid4().hex
+        status = 500
+        started = False
+
+        async def send_framed(message: Message) -> None:
+            nonlocal status, started
+            if message["type"] == "http.response.start":
+                started = True
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers[REQUEST_ID] = request_id
+                if clock.durations_s:
+                    headers["Server-Timing"] = clock.header()
+            await send(message)
+
+        start = time.perf_counter()
+        try:
+            await self._app(scope, receive, send_framed)
+        except Exception:
+            log.exception("request %s failed", request_id)
+            if started:
+                raise
+            await _send_problem(send_framed, scope["path"])
+        finally:
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            self._metrics.request_duration.labels(_route(scope), method, str(status)).observe(
+                time.perf_counter() - start
+            )
+
+
+def _route(scope: Scope) -> str:
+    """The route's template: paths as called are unbounded, and hold speakers' ids."""
+    route = scope.get("route")
+    return getattr(route, "path", "unmatched")
+
+
+async def _send_problem(send: Send, path: str) -> None:
+    body = json.dumps(ServiceError("the service failed on this request; the failure is logged").problem(path)).encode()
+    headers = [(b"content-type", PROBLEM_JSON.encode()), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 500, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

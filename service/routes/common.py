@@ -1,0 +1,124 @@
+"""What every route shares: its dependencies, its documented errors, its response."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import Depends, Path, Query, Request, Response
+from pydantic import BaseModel
+
+from service.auth import Caller
+from service.engine import Engine
+from service.errors import (
+    PROBLEM_JSON,
+    AudioTooLargeError,
+    AudioTooShortError,
+    DeadlineExceededError,
+    ForbiddenError,
+    InferenceFailedError,
+    InvalidRequestError,
+    ModelMismatchError,
+    NotFoundError,
+    OverloadedError,
+    Problem,
+    RateLimitedError,
+    ServiceError,
+    StorageUnavailableError,
+    UnauthenticatedError,
+    UndecodableAudioError,
+    UnsupportedMediaTypeError,
+)
+from service.runtime import Runtime
+from service.schemas import ModelInfo
+from service.timing import StageClock
+
+AUDIO_ERRORS: tuple[type[ServiceError], ...] = (
+    UndecodableAudioError,
+    AudioTooLargeError,
+    UnsupportedMediaTypeError,
+    AudioTooShortError,
+    OverloadedError,
+    DeadlineExceededError,
+    InferenceFailedError,
+)
+CALLER_ERRORS: tuple[type[ServiceError], ...] = (
+    UnauthenticatedError,
+    ForbiddenError,
+    RateLimitedError,
+    InvalidRequestError,
+)
+PROFILE_ERRORS: tuple[type[ServiceError], ...] = (StorageUnavailableError, DeadlineExceededError)
+PROFILE_STATE_ERRORS: tuple[type[ServiceError], ...] = (NotFoundError, ModelMismatchError)
+
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+_MEDIA_TYPES = ("audio/wav", "audio/flac", "audio/ogg", "audio/mpeg", "audio/pcm;rate=16000")
+
+
+def problems(*errors: type[ServiceError]) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI `responses` for these errors and those that any authenticated route can give."""
+    found: dict[int | str, dict[str, Any]] = {}
+    for error in (*CALLER_ERRORS, *errors):
+        known = found.setdefault(error.status, {"description": "", "content": {PROBLEM_JSON: {}}, "model": Problem})
+        codes = [*known["description"].split(" or "), f"`{error.code}`"]
+        known["description"] = " or ".join(dict.fromkeys(code for code in codes if code))
+    return found
+
+
+def audio_body(*, several: bool) -> dict[str, Any]:
+    """OpenAPI `requestBody` of an audio route."""
+    part: dict[str, Any] = {"type": "string", "format": "binary", "description": "An audio file."}
+    if several:
+        part = {"type": "array", "items": part, "description": "Audio files; repeat the part."}
+    form = {"schema": {"type": "object", "required": ["audio"], "properties": {"audio": part}}}
+    content: dict[str, Any] = dict.fromkeys(_MEDIA_TYPES, _BINARY)
+    return {"requestBody": {"required": True, "content": {**content, "multipart/form-data": form}}}
+
+
+def runtime_of(request: Request) -> Runtime:
+    runtime: Runtime = request.app.state.runtime
+    return runtime
+
+
+def clock_of(request: Request) -> StageClock:
+    clock: StageClock = request.state.clock
+    return clock
+
+
+def refuse_unknown_query(request: Request) -> None:
+    """A misspelt parameter must not be silently ignored. Raises InvalidRequestError."""
+    if not request.query_params:
+        return
+    known = {field.alias for field in request.scope["route"].dependant.query_params}
+    unknown = sorted(set(request.query_params) - known)
+    if unknown:
+        raise InvalidRequestError(
+            f"unknown query parameters {', '.join(name[:40] for name in unknown[:5])}; "
+            f"known are {', '.join(sorted(known)) or 'none'}"
+        )
+
+
+def may_infer(request: Request) -> Caller:
+    return runtime_of(request).authenticator.caller(request, "infer")
+
+
+def may_enrol(request: Request) -> Caller:
+    return runtime_of(request).authenticator.caller(request, "enrol")
+
+
+Infers = Annotated[Caller, Depends(may_infer)]
+Enrols = Annotated[Caller, Depends(may_enrol)]
+ModelParameter = Annotated[
+    str | None, Query(max_length=100, description="`name`, `name@version` or `name@alias`; default: the service's.")
+]
+SpeakerId = Annotated[
+    str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@:+-]{0,127}$", description="Chosen by you; no personal data needed.")
+]
+
+
+def model_info(engine: Engine) -> ModelInfo:
+    return ModelInfo(name=engine.manifest.name, version=engine.manifest.version)
+
+
+def answer(body: BaseModel, status: int = 200) -> Response:
+    """Serialised once, by pydantic's own encoder."""
+    return Response(body.model_dump_json(), status_code=status, media_type="application/json")

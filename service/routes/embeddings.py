@@ -1,0 +1,94 @@
+"""Speech embeddings of one or several clips."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from typing import Annotated, Literal
+
+import numpy as np
+import numpy.typing as npt
+from fastapi import APIRouter, Query, Request, Response
+
+from service.engine import Outputs
+from service.errors import InvalidSamplesError, NoSpeechError, NotFoundError
+from service.intake import Clip, deadline_of, receive_clips
+from service.routes.common import (
+    AUDIO_ERRORS,
+    Infers,
+    ModelParameter,
+    audio_body,
+    clock_of,
+    model_info,
+    problems,
+    runtime_of,
+)
+from service.schemas import EmbeddingEntry, EmbeddingsAnswer
+from service.speech import measure
+
+router = APIRouter(prefix="/v1/embeddings", tags=["embeddings"])
+
+Kind = Literal["speaker", "utterance", "frames"]
+EXAMPLE = {
+    "model": {"name": "sotto-edge", "version": 1},
+    "type": "speaker",
+    "dim": 192,
+    "data": [{"index": 0, "embedding": [0.021, -0.113, 0.054], "duration_s": 1.0}],
+}
+
+
+@router.post(
+    "",
+    summary="Embed clips",
+    response_model=EmbeddingsAnswer,
+    response_model_exclude_none=True,
+    responses={
+        200: {"content": {"application/json": {"example": EXAMPLE}}},
+        **problems(*AUDIO_ERRORS, InvalidSamplesError, NoSpeechError, NotFoundError),
+    },
+    openapi_extra=audio_body(several=True),
+)
+async def embed(
+    request: Request,
+    caller: Infers,  # noqa: ARG001  the check is what it is for
+    type: Annotated[Kind, Query(description="Whose voice, what is said, or the latter frame by frame.")] = "speaker",
+    encoding: Annotated[
+        Literal["float", "base64"], Query(description="Numbers, or base64 of little-endian float32.")
+    ] = "float",
+    model: ModelParameter = None,
+) -> Response:
+    """One entry a clip, in order. `speaker` and `utterance` vectors have unit length."""
+    runtime, clock = runtime_of(request), clock_of(request)
+    deadline = deadline_of(request, runtime.settings)
+    engine = runtime.engine_for(model)
+    clips = await receive_clips(request, runtime.settings, clock, deadline, at_most=runtime.settings.clips_per_request)
+
+    async def one(index: int, clip: Clip) -> EmbeddingEntry:
+        waveform = await runtime.decode(clip, clock, deadline)
+        if type == "speaker" and measure(waveform).speech_s == 0:
+            raise NoSpeechError(f"clip {index} holds silence or steady noise only; it has no speaker")
+        outputs = await runtime.infer(waveform, clock, deadline)
+        with clock.stage("postprocess"):
+            values = _pick(outputs, type)
+            frames = len(values) if values.ndim == 2 else None
+            coded = values.tolist() if encoding == "float" else _base64(values)
+            return EmbeddingEntry(index=index, embedding=coded, frames=frames, duration_s=waveform.duration_s)
+
+    entries = await asyncio.gather(*(one(index, clip) for index, clip in enumerate(clips)))
+    info = engine.manifest
+    body = EmbeddingsAnswer(
+        model=model_info(engine),
+        type=type,
+        dim=info.speaker.dim if type == "speaker" else info.embedding.dim,
+        frame_hop_s=info.embedding.frame_hop_s if type == "frames" else None,
+        data=list(entries),
+    )
+    return Response(body.model_dump_json(exclude_none=True), media_type="application/json")
+
+
+def _pick(outputs: Outputs, kind: Kind) -> npt.NDArray[np.float32]:
+    return {"speaker": outputs.speaker_embedding, "utterance": outputs.embedding, "frames": outputs.frames}[kind]
+
+
+def _base64(values: npt.NDArray[np.float32]) -> str:
+    return base64.b64encode(values.astype("<f4").tobytes()).decode()

@@ -1,0 +1,93 @@
+"""What the store holds and what is loaded."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi import APIRouter, Request, Response
+
+from model_store import BundleError
+from service.errors import NotFoundError
+from service.routes.common import Infers, answer, model_info, problems, runtime_of
+from service.runtime import Runtime
+from service.schemas import ModelAnswer, ModelsAnswer, ModelVersion
+
+router = APIRouter(prefix="/v1/models", tags=["models"])
+
+MODEL_EXAMPLE = {
+    "name": "sotto-edge",
+    "aliases": {"production": 1},
+    "versions": [
+        {
+            "version": 1,
+            "digest": "5f1c…",
+            "loaded": True,
+            "created_at": "2026-11-20T12:00:00Z",
+            "licence": "Apache-2.0",
+            "parameters": 1798673,
+            "keywords": 112,
+            "metrics": [],
+        }
+    ],
+}
+
+
+@router.get(
+    "",
+    summary="List models",
+    response_model=ModelsAnswer,
+    responses={
+        200: {
+            "content": {
+                "application/json": {
+                    "example": {"default": {"name": "sotto-edge", "version": 1}, "models": [MODEL_EXAMPLE]}
+                }
+            }
+        },
+        **problems(),
+    },
+)
+async def list_models(request: Request, caller: Infers) -> Response:  # noqa: ARG001
+    """Every model of the store, with versions and aliases."""
+    runtime = runtime_of(request)
+    names = await asyncio.to_thread(runtime.store.names)
+    models = [await asyncio.to_thread(_describe, runtime, name) for name in names]
+    return answer(ModelsAnswer(default=model_info(runtime.engine), models=models))
+
+
+@router.get(
+    "/{name}",
+    summary="Show a model",
+    response_model=ModelAnswer,
+    responses={200: {"content": {"application/json": {"example": MODEL_EXAMPLE}}}, **problems(NotFoundError)},
+)
+async def show_model(request: Request, caller: Infers, name: str) -> Response:  # noqa: ARG001
+    """Versions, aliases, digests, what was measured, and what is loaded."""
+    runtime = runtime_of(request)
+    if name not in await asyncio.to_thread(runtime.store.names):
+        raise NotFoundError(f"no model {name[:80]!r}")
+    return answer(await asyncio.to_thread(_describe, runtime, name))
+
+
+def _describe(runtime: Runtime, name: str) -> ModelAnswer:
+    versions = []
+    for version in runtime.store.versions(name):
+        try:
+            bundle = runtime.store.resolve(f"{name}@{version}")
+        except BundleError:
+            # A broken version must not hide the sound ones; `sotto models verify` says what is wrong.
+            continue
+        manifest = bundle.manifest
+        versions.append(
+            ModelVersion(
+                version=version,
+                digest=bundle.digest,
+                loaded=bundle.digest == runtime.engine.bundle.digest,
+                created_at=manifest.created_at,
+                licence=manifest.licence,
+                parameters=manifest.graph.parameters,
+                keywords=len(manifest.keywords.labels),
+                metrics=[metric.model_dump() for metric in manifest.metrics],
+            )
+        )
+    return ModelAnswer(name=name, aliases=runtime.store.aliases(name), versions=versions)

@@ -1,0 +1,56 @@
+"""For operators: alive, ready, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi import APIRouter, Request, Response
+from prometheus_client.exposition import choose_encoder
+
+from service.routes.common import answer, runtime_of
+from service.schemas import HealthAnswer, ReadyAnswer
+
+router = APIRouter(tags=["operations"])
+
+READY_EXAMPLE = {"ready": True, "checks": {"accepting": True, "inference": True, "profiles": True}}
+
+
+@router.get(
+    "/healthz",
+    summary="Is the process up?",
+    response_model=HealthAnswer,
+    responses={200: {"content": {"application/json": {"example": {"status": "ok"}}}}},
+)
+async def health() -> Response:
+    """Answers as long as the event loop turns."""
+    return answer(HealthAnswer(status="ok"))
+
+
+@router.get(
+    "/readyz",
+    summary="Should requests be sent here?",
+    response_model=ReadyAnswer,
+    responses={
+        200: {"content": {"application/json": {"example": READY_EXAMPLE}}},
+        503: {"model": ReadyAnswer, "description": "Some check fails; `checks` says which."},
+    },
+)
+async def ready(request: Request) -> Response:
+    """Model loaded, workers alive, profile store reachable, not shutting down."""
+    runtime = runtime_of(request)
+    checks = await asyncio.to_thread(runtime.checks)
+    good = all(checks.values())
+    runtime.metrics.ready.set(int(good))
+    return answer(ReadyAnswer(ready=good, checks=checks), status=200 if good else 503)
+
+
+@router.get(
+    "/metrics",
+    summary="Prometheus metrics",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"example": "sotto_ready 1.0\n"}}}},
+)
+async def metrics(request: Request) -> Response:
+    """Text format, or OpenMetrics where the scraper asks for it."""
+    encode, content_type = choose_encoder(request.headers.get("accept", ""))
+    return Response(encode(runtime_of(request).metrics.registry), media_type=content_type)

@@ -1,0 +1,98 @@
+"""Running the application under uvicorn: where it listens, what it prints, how it stops."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+
+from service.app import create_app
+from service.runtime import Runtime
+from service.settings import Settings
+
+WELCOME = """sotto listens on {url}   (API documentation: {url}/docs, metrics: {url}/metrics)
+model {model}, {keywords} keywords
+
+Try, from another terminal in this folder:
+  curl -s --data-binary @examples/computer.wav -H 'Content-Type: audio/wav' {url}/v1/keywords/detect
+  curl -s --data-binary @examples/five-words.wav -H 'Content-Type: audio/wav' {url}/v1/keywords/detect
+"""
+
+
+class Server(uvicorn.Server):
+    """uvicorn that announces itself once ready, turns unready before it drains, and exits 0 on SIGTERM."""
+
+    def __init__(self, config: uvicorn.Config, settings: Settings, runtime: Runtime) -> None:
+        super().__init__(config)
+        self._settings = settings
+        self._runtime = runtime
+        self._stopping: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if not self.started:
+            return
+        port = self.servers[0].sockets[0].getsockname()[1]
+        host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
+        manifest = self._runtime.engine.manifest
+        text = WELCOME.format(
+            url=f"http://{host}:{port}",
+            model=f"{manifest.name}@{manifest.version}",
+            keywords=len(manifest.keywords.labels),
+        )
+        print(text, flush=True)  # noqa: T201  this is the command's output
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Unlike uvicorn's own, does not raise the signal again at the end: an orderly stop is no failure."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop, number)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+    def _stop(self, number: signal.Signals) -> None:
+        if self._stopping is not None:
+            # Asked twice: whoever asks will not wait for stragglers.
+            self.force_exit = True
+            return
+        self._runtime.draining = True
+        self._runtime.metrics.ready.set(0)
+        self._stopping = asyncio.get_running_loop().create_task(self._stop_later(number))
+
+    async def _stop_later(self, number: signal.Signals) -> None:
+        """Load balancers need a moment to see /readyz fail; until then requests are still served."""
+        await asyncio.sleep(self._settings.shutdown_delay_s)
+        self.handle_exit(number, None)
+
+
+def run(settings: Settings) -> int:
+    """Serve until told to stop; the exit status."""
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    app = create_app(settings)
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        http="httptools",
+        loop="uvloop",
+        ws="none",
+        access_log=False,
+        log_config=None,
+        log_level=settings.log_level,
+        limit_concurrency=settings.limit_connections,
+        timeout_graceful_shutdown=max(1, int(settings.shutdown_grace_s)),
+        server_header=False,
+    )
+    server = Server(config, settings, app.state.runtime)
+    server.run()
+    return 0 if server.started else 1

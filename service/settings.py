@@ -1,0 +1,129 @@
+"""All configuration, from environment variables prefixed `SOTTO_`, read once at start."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from model_store import builtin_store_path
+
+Scope = Literal["infer", "enrol", "admin"]
+PREFIX = "SOTTO_"
+
+
+class ApiKey(BaseModel):
+    """A key is configured by its SHA-256 only; `sotto keys new` makes one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(min_length=1, max_length=64)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", repr=False)
+    scopes: tuple[Scope, ...] = ("infer", "enrol")
+    tenant: str = Field(default="default", pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+
+
+class Settings(BaseSettings):
+    """Frozen; an unknown `SOTTO_` variable is an error, because it is a typo."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
+
+    host: str = Field(default="127.0.0.1", description="Address to listen on; other than loopback needs API keys.")
+    port: int = Field(default=8000, ge=0, le=65535)
+    data_dir: Path = Field(default=Path(".sotto"), description="Holds the SQLite file of the speaker profiles.")
+    database_url: str | None = Field(default=None, repr=False, description="SQLAlchemy URL in place of SQLite.")
+    models_dir: Path = Field(default_factory=builtin_store_path, description="Folder of the model store.")
+    model: str = Field(default="sotto-edge", description="Default model: name, name@version or name@alias.")
+
+    api_keys: tuple[ApiKey, ...] = Field(default=(), repr=False, description="JSON list; see `sotto keys new`.")
+    rate_per_minute: int = Field(default=0, ge=0, description="Requests a minute for each key; 0 is unlimited.")
+
+    max_upload_bytes: int = Field(default=16 * 2**20, ge=1024)
+    longest_audio_s: float = Field(default=120.0, gt=0, le=600)
+    request_timeout_s: float = Field(default=10.0, gt=0, le=120, description="Default and greatest deadline.")
+    clips_per_request: int = Field(default=16, ge=1, le=256)
+
+    inference_threads: int = Field(default=0, ge=0, le=256, description="Concurrent graph calls; 0: one a CPU.")
+    intra_op_threads: int = Field(default=1, ge=1, le=64, description="Threads inside one graph call.")
+    decode_threads: int = Field(default=0, ge=0, le=256, description="Concurrent decodes; 0: one a CPU.")
+    max_batch: int = Field(default=8, ge=1, le=256)
+    max_batch_audio_s: float = Field(default=32.0, gt=0, description="Cap on padded audio in one graph call.")
+    max_queued_audio_s: float = Field(default=1200.0, gt=0, description="Beyond this much waiting audio: 503.")
+
+    enroll_required_speech_s: float = Field(default=2.0, gt=0)
+    prior: float = Field(default=0.5, gt=0, lt=1, description="Prior of the claimed identity, for `probability`.")
+
+    shutdown_grace_s: float = Field(default=20.0, gt=0, description="Longest drain after SIGTERM.")
+    shutdown_delay_s: float = Field(default=0.0, ge=0, description="Serve on, not ready, this long after SIGTERM.")
+    limit_connections: int = Field(default=1000, ge=1)
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_unknown_variables(cls, values: dict[str, Any]) -> dict[str, Any]:
+        known = {PREFIX + name.upper() for name in cls.model_fields}
+        unknown = sorted(name for name in os.environ if name.upper().startswith(PREFIX) and name.upper() not in known)
+        if unknown:
+            raise ValueError(f"unknown settings {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        return values
+
+    @field_validator("api_keys")
+    @classmethod
+    def _distinct_names(cls, keys: tuple[ApiKey, ...]) -> tuple[ApiKey, ...]:
+        names = [key.name for key in keys]
+        if len(set(names)) != len(names):
+            raise ValueError("two API keys share a name")
+        return keys
+
+    @model_validator(mode="after")
+    def _closed_to_strangers(self) -> Settings:
+        if not self.api_keys and not is_loopback(self.host):
+            raise ValueError(
+                f"SOTTO_HOST={self.host} can be reached from other machines, and no API key is configured. "
+                "Make a key with `sotto keys new`, put the line it prints into the environment, or listen on 127.0.0.1."
+            )
+        return self
+
+    @property
+    def profiles_url(self) -> str:
+        """SQLAlchemy URL of the profile database."""
+        return self.database_url or f"sqlite:///{self.data_dir.resolve() / 'profiles.sqlite3'}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def available_cpus() -> int:
+    """CPUs this process may use: the affinity mask, lowered to the cgroup's quota where there is one."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    for quota, period in (_cgroup_v2(), _cgroup_v1()):
+        if quota > 0 and period > 0:
+            cpus = min(cpus, max(1, int(quota / period)))
+    return cpus
+
+
+def _cgroup_v2() -> tuple[float, float]:
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return (0.0, 0.0) if quota == "max" else (float(quota), float(period))
+    except (OSError, ValueError):
+        return 0.0, 0.0
+
+
+def _cgroup_v1() -> tuple[float, float]:
+    folder = Path("/sys/fs/cgroup/cpu")
+    try:
+        return float((folder / "cpu.cfs_quota_us").read_text()), float((folder / "cpu.cfs_period_us").read_text())
+    except (OSError, ValueError):
+        return 0.0, 0.0

@@ -1,0 +1,259 @@
+"""A finished run -> an unpublished bundle, with proof that the graph is the network.
+
+The draft's scores are uncalibrated (scale 1, offset 0) and its thresholds are placeholders; `sotto
+calibrate` fits them on the calibration fold.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from model_store import (
+    AudioLimits,
+    Calibration,
+    EmbeddingInfo,
+    GraphInfo,
+    Keyword,
+    KeywordInfo,
+    Lineage,
+    Manifest,
+    SpeakerInfo,
+)
+from model_store.files import describe
+from model_store.golden import pack
+from model_store.graph import OUTPUTS
+from model_store.store import MANIFEST
+from training.alignment import loudest_speech
+from training.audio_cache import SAMPLE_RATE_HZ, decode
+from training.errors import ExportError
+from training.manifest import Clip, Data, labels_of, read_data
+from training.recipe import Recipe
+from training.run import load_student
+from training.students.edge import FRAME_HOP, Edge
+
+OPSET = 17
+TOLERANCE = 1e-4
+SHORTEST_S = 0.1
+LONGEST_S = 120.0
+PLACEHOLDER_THRESHOLD = 0.5
+# One word's worth of audio: long enough for the longest keyword, short enough to part two of them.
+WINDOW_S = 1.0
+REFRACTORY_S = 0.8
+COHORT_CLIPS = 20
+
+Array = npt.NDArray[np.float32]
+
+
+class ServedGraph(nn.Module):
+    """The student's outputs as the bundle's contract names them; the mask stays inside."""
+
+    def __init__(self, student: Edge) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        out = self.student(waveform, lengths)
+        return out.keyword_logits, out.speaker_embedding, out.embedding, out.frames
+
+
+def export(run_folder: Path, out: Path, *, name: str) -> Manifest:
+    """Write the draft bundle into `out` and return its manifest. Raises RunError, ExportError."""
+    student, run = load_student(run_folder)
+    recipe = Recipe.model_validate(run["recipe"])
+    data = read_data(
+        recipe.data.root, calibration_fraction=recipe.data.calibration_fraction, seed=recipe.seed
+    )
+    graph = to_onnx(student)
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    check_graph_equals_network(session, student)
+    train = [clip for clip in data.split("train") if clip.speaker]
+    golden_clip = _golden_waveform()
+    files = {
+        "model.onnx": graph,
+        "golden.npz": pack(golden_clip, {key: value[0] for key, value in run_graph(session, [golden_clip]).items()}),
+        "cohort.f32": speaker_cohort(student, train).astype("<f4").tobytes(),
+        "MODEL_CARD.md": f"# {name}\n\nUncalibrated draft.\n".encode(),
+    }
+    manifest = _manifest(name, run, recipe, student, data, files)
+    write_draft(out, manifest, files)
+    return manifest
+
+
+def to_onnx(student: Edge) -> bytes:
+    """The served graph, batch and samples dynamic, batch norms folded into convolutions."""
+    stream = io.BytesIO()
+    waveform = torch.zeros(2, SAMPLE_RATE_HZ)
+    lengths = torch.tensor([SAMPLE_RATE_HZ, SAMPLE_RATE_HZ // 2])
+    with warnings.catch_warnings():
+        # The exporter warns that it is the older of two; the newer one needs another package and yields
+        # the same operators. It also warns of each shape that it takes from an input, as it should.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            ServedGraph(student).eval(),
+            (waveform, lengths),
+            stream,
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=["waveform", "lengths"],
+            output_names=list(OUTPUTS),
+            dynamic_axes={
+                "waveform": {0: "batch", 1: "samples"},
+                "lengths": {0: "batch"},
+                "keyword_logits": {0: "batch", 1: "frames"},
+                "speaker_embedding": {0: "batch"},
+                "embedding": {0: "batch"},
+                "frames": {0: "batch", 1: "frames"},
+            },
+        )
+    return stream.getvalue()
+
+
+def check_graph_equals_network(session: onnxruntime.InferenceSession, student: Edge) -> None:
+    """ONNX against torch, padded against alone, batch against single: all within TOLERANCE.
+
+    Raises ExportError with the worst difference.
+    """
+    rng = np.random.default_rng(7)
+    lengths = [SAMPLE_RATE_HZ // 7, SAMPLE_RATE_HZ, SAMPLE_RATE_HZ * 2 + 77, SAMPLE_RATE_HZ * 5 + 1]
+    levels = [0.3, 0.001, 0.05, 0.9]
+    clips = [
+        (rng.standard_normal(length) * level).clip(-1, 1).astype(np.float32)
+        for length, level in zip(lengths, levels, strict=True)
+    ]
+    together = run_graph(session, clips)
+    with torch.no_grad():
+        for row, clip in enumerate(clips):
+            alone = run_graph(session, [clip])
+            torch_out = ServedGraph(student)(torch.from_numpy(clip)[None], torch.tensor([len(clip)]))
+            for name, network in zip(OUTPUTS, torch_out, strict=True):
+                _within(f"{name}: ONNX against torch, clip {row}", alone[name][0], network[0].numpy())
+                padded = together[name][row]
+                if padded.ndim == 2:
+                    padded = padded[: len(alone[name][0])]
+                _within(f"{name}: padded against alone, clip {row}", padded, alone[name][0])
+
+
+def run_graph(session: onnxruntime.InferenceSession, clips: list[Array]) -> dict[str, Array]:
+    """All outputs for the clips as one padded batch."""
+    lengths = np.array([len(clip) for clip in clips], dtype=np.int64)
+    batch = np.zeros((len(clips), int(lengths.max())), dtype=np.float32)
+    for row, clip in enumerate(clips):
+        batch[row, : len(clip)] = clip
+    return dict(zip(OUTPUTS, session.run(list(OUTPUTS), {"waveform": batch, "lengths": lengths}), strict=True))
+
+
+@torch.no_grad()
+def speaker_cohort(student: Edge, clips: list[Clip]) -> Array:
+    """One unit vector for each training speaker: the mean embedding of up to 20 of their clips."""
+    by_speaker: dict[str, list[Clip]] = {}
+    for clip in clips:
+        by_speaker.setdefault(clip.speaker, []).append(clip)
+    rows = []
+    for _, own in sorted(by_speaker.items()):
+        chosen = own[:: max(1, len(own) // COHORT_CLIPS)][:COHORT_CLIPS]
+        embeddings = []
+        for clip in chosen:
+            samples = torch.from_numpy(decode(clip.path))[None]
+            embeddings.append(student(samples, torch.tensor([samples.shape[1]])).speaker_embedding[0].numpy())
+        mean = np.mean(embeddings, axis=0)
+        rows.append(mean / np.linalg.norm(mean))
+    return np.stack(rows).astype(np.float32)
+
+
+def write_draft(out: Path, manifest: Manifest, files: Mapping[str, bytes]) -> None:
+    """Replace the draft in `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (out / name).write_bytes(content)
+    (out / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+
+
+def _manifest(
+    name: str, run: dict[str, Any], recipe: Recipe, student: Edge, data: Data, files: Mapping[str, bytes]
+) -> Manifest:
+    labels = run["labels"]
+    typical = _typical_durations(data.split("train"), labels)
+    hop_s = FRAME_HOP / SAMPLE_RATE_HZ
+    return Manifest(
+        name=name,
+        version=0,
+        created_at=datetime.now(UTC),
+        licence="CC-BY-SA-4.0",
+        files={file: describe(content) for file, content in files.items()},
+        graph=GraphInfo(
+            file="model.onnx", opset=OPSET, parameters=sum(parameter.numel() for parameter in student.parameters())
+        ),
+        audio=AudioLimits(shortest_s=SHORTEST_S, longest_s=LONGEST_S),
+        keywords=KeywordInfo(
+            labels=tuple(
+                Keyword(label=label, threshold=PLACEHOLDER_THRESHOLD, typical_s=typical[label]) for label in labels
+            ),
+            frame_hop_s=hop_s,
+            window_s=WINDOW_S,
+            refractory_s=REFRACTORY_S,
+            thresholds_from="placeholders; run `sotto calibrate`",
+        ),
+        speaker=SpeakerInfo(
+            dim=student.shape.speaker_dim,
+            calibration=Calibration(scale=1.0, offset=0.0, fitted_on="nothing; run `sotto calibrate`"),
+            threshold=0.0,
+            cohort_file="cohort.f32",
+        ),
+        embedding=EmbeddingInfo(
+            dim=2 * student.shape.task_width,
+            frame_hop_s=hop_s,
+            layers="last keyword block and last speaker block, side by side",
+        ),
+        golden_file="golden.npz",
+        lineage=Lineage(
+            recipe=run["recipe"],
+            recipe_digest=run["recipe_digest"],
+            data=run["data"],
+            git_revision=run["git_revision"],
+            seed=run["seed"],
+        ),
+    )
+
+
+def _typical_durations(clips: list[Clip], labels: list[str]) -> dict[str, float]:
+    """Median length of each keyword over some of its training clips, in seconds."""
+    found: dict[str, list[float]] = {label: [] for label in labels}
+    for clip in clips:
+        if clip.label not in found or len(found[clip.label]) >= COHORT_CLIPS:
+            continue
+        if clip.word_start_s is not None and clip.word_end_s is not None:
+            found[clip.label].append(clip.word_end_s - clip.word_start_s)
+        else:
+            start_s, end_s = loudest_speech(decode(clip.path))
+            found[clip.label].append(end_s - start_s)
+    if labels != labels_of(clips):
+        raise ExportError("the data's labels are not those of the run; was the manifest changed?")
+    return {label: round(float(np.median(values)), 3) for label, values in found.items()}
+
+
+def _golden_waveform() -> Array:
+    """Two seconds of sweeping, swelling harmonics with pauses: made, so no recording is stored."""
+    time = np.arange(2 * SAMPLE_RATE_HZ) / SAMPLE_RATE_HZ
+    pitch = 120 + 60 * np.sin(2 * np.pi * 0.8 * time)
+    phase = 2 * np.pi * np.cumsum(pitch) / SAMPLE_RATE_HZ
+    voice = sum(np.sin(harmonic * phase) / harmonic for harmonic in range(1, 20))
+    envelope = np.maximum(0.0, np.sin(2 * np.pi * 2.5 * time)) * 0.1
+    hiss = np.random.default_rng(1).standard_normal(len(time)) * 0.002
+    return (voice * envelope + hiss).astype(np.float32)
+
+
+def _within(what: str, found: Array, wanted: Array) -> None:
+    worst = float(np.abs(found - wanted).max(initial=0.0)) if found.shape == wanted.shape else float("inf")
+    if not worst < TOLERANCE:
+        raise ExportError(f"{what}: worst difference {worst:.2e}, allowed are {TOLERANCE:.0e}")
