@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from model_store.errors import StoreError
+from model_store.reference import check_alias
 from model_store.store import MANIFEST, Bundle, LocalStore, builtin_store_path, open_bundle
 from model_store.verify import verify_bundle
 
@@ -26,9 +28,12 @@ def list_models(store: Store = BUILTIN) -> None:
     """Every model with its versions and aliases."""
     table = Table("model", "versions", "aliases")
     local = LocalStore(store)
-    for name in local.names():
-        aliases = ", ".join(f"{alias} -> {version}" for alias, version in local.aliases(name).items())
-        table.add_row(name, ", ".join(map(str, local.versions(name))), aliases)
+    try:
+        for name in local.names():
+            aliases = ", ".join(f"{alias} -> {version}" for alias, version in local.aliases(name).items())
+            table.add_row(name, ", ".join(map(str, local.versions(name))), aliases)
+    except StoreError as error:
+        raise _refused(error) from error
     console.print(table)
 
 
@@ -43,6 +48,8 @@ def show(model: str, store: Store = BUILTIN) -> None:
 def publish(folder: Path, store: Store = BUILTIN, alias: str | None = None) -> None:
     """Verify the bundle in FOLDER, add it to the store under the next version, and print that."""
     try:
+        if alias is not None:
+            check_alias(alias)
         draft = open_bundle(folder)
         verify_bundle(draft)
         files = {name: draft.read(name) for name in draft.manifest.files}
@@ -70,7 +77,8 @@ def verify(model: str, store: Store = BUILTIN) -> None:
     """Check every file, the graph and the golden clip of MODEL, which may also be a folder."""
     folder = Path(model)
     try:
-        bundle = open_bundle(folder) if (folder / MANIFEST).is_file() else LocalStore(store).resolve(model)
+        # Of text that is too long for a path, `Path.is_file` raises.
+        bundle = open_bundle(folder) if os.path.isfile(folder / MANIFEST) else LocalStore(store).resolve(model)
         verify_bundle(bundle)
     except StoreError as error:
         raise _refused(error) from error

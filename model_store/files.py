@@ -30,11 +30,13 @@ def read_plain(folder: Path, name: str, *, at_most: int) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         raise BundleError(f"{path}: {error.strerror} (links are not followed)") from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise BundleError(f"{path} is not a regular file")
     with os.fdopen(descriptor, "rb") as stream:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise BundleError(f"{path} is not a regular file")
-        if status.st_nlink != 1:
+        # None at all: it was replaced after it was opened, as an alias may be; what is read is still whole.
+        if status.st_nlink > 1:
             raise BundleError(f"{path} has {status.st_nlink} hard links; a bundle's file has one name")
         if status.st_size > at_most:
             raise BundleError(f"{path} has {status.st_size} bytes, allowed are {at_most}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,18 +25,25 @@ Array = npt.NDArray[np.float32]
 def pack(waveform: Array, outputs: Mapping[str, Array]) -> bytes:
     """`waveform` [N] float32 and each output without its batch axis."""
     stream = io.BytesIO()
-    np.savez(stream, waveform=waveform, **{name: outputs[name] for name in OUTPUTS})
+    arrays: dict[str, Any] = {"waveform": waveform, **{name: outputs[name] for name in OUTPUTS}}
+    np.savez(stream, **arrays)
     return stream.getvalue()
 
 
 def unpack(data: bytes) -> tuple[Array, dict[str, Array]]:
     """Raises BundleError."""
     try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-            arrays = {name: np.asarray(archive[name], dtype=np.float32) for name in ("waveform", *OUTPUTS)}
-    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("it is compressed")
+        with np.load(io.BytesIO(data), allow_pickle=False) as loaded:
+            arrays = {name: np.asarray(loaded[name], dtype=np.float32) for name in ("waveform", *OUTPUTS)}
+        waveform = arrays.pop("waveform")
+        if waveform.ndim != 1 or waveform.size == 0:
+            raise ValueError(f"the waveform has shape {waveform.shape}")
+    except Exception as error:
+        # Bytes made to confuse them get a dozen kinds of exception out of zipfile and numpy.
         raise BundleError(f"the golden clip does not read: {error}") from error
-    waveform = arrays.pop("waveform")
     return waveform, arrays
 
 

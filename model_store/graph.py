@@ -7,7 +7,7 @@ outputs  keyword_logits [batch, frames, labels], speaker_embedding [batch, dim],
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import onnx
 from google.protobuf.message import DecodeError
@@ -15,8 +15,8 @@ from google.protobuf.message import DecodeError
 from model_store.errors import BundleError
 from model_store.manifest import Manifest
 
-INPUTS = {"waveform": (onnx.TensorProto.FLOAT, 2), "lengths": (onnx.TensorProto.INT64, 1)}
-OUTPUTS = {
+INPUTS: dict[str, tuple[int, int]] = {"waveform": (onnx.TensorProto.FLOAT, 2), "lengths": (onnx.TensorProto.INT64, 1)}
+OUTPUTS: dict[str, tuple[int, int]] = {
     "keyword_logits": (onnx.TensorProto.FLOAT, 3),
     "speaker_embedding": (onnx.TensorProto.FLOAT, 2),
     "embedding": (onnx.TensorProto.FLOAT, 2),
@@ -24,11 +24,15 @@ OUTPUTS = {
 }
 OPERATOR_DOMAINS = frozenset({"", "ai.onnx", "com.microsoft"})
 MOST_NODES = 20_000
+# ONNX Runtime takes a file with this mark at byte 4 for its own format, in which nothing here has been checked.
+RUNTIME_FORMAT_MARK = b"ORTM"
 
 
 def check_graph(data: bytes, manifest: Manifest) -> None:
     """Raises BundleError where the graph reaches outside itself, breaks the contract or is no ONNX."""
     name = manifest.graph.file
+    if data[4:8] == RUNTIME_FORMAT_MARK:
+        raise BundleError(f"{name} is marked as what ONNX Runtime would read as its own format, not as ONNX")
     try:
         model = onnx.ModelProto.FromString(data)
     except DecodeError as error:
@@ -63,15 +67,27 @@ def _check_values(name: str, kind: str, values: object, wanted: dict[str, tuple[
 
 
 def _graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
-    """The graph and every graph inside a node's attributes (If, Loop, Scan)."""
-    waiting = [model.graph]
+    """The graph and every graph inside an attribute of a node (If, Loop, Scan), in it or in a function."""
+    waiting = [model.graph, *_branches(_function_attributes(model))]
     while waiting:
         graph = waiting.pop()
         yield graph
-        for node in graph.node:
-            for attribute in node.attribute:
-                waiting.extend([attribute.g] if attribute.HasField("g") else [])
-                waiting.extend(attribute.graphs)
+        waiting.extend(_branches(attribute for node in graph.node for attribute in node.attribute))
+
+
+def _branches(attributes: Iterable[onnx.AttributeProto]) -> Iterator[onnx.GraphProto]:
+    for attribute in attributes:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def _function_attributes(model: onnx.ModelProto) -> Iterator[onnx.AttributeProto]:
+    """Those of the nodes directly in functions, and the defaults of the functions' own."""
+    for function in model.functions:
+        yield from function.attribute_proto
+        for node in function.node:
+            yield from node.attribute
 
 
 def _nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
@@ -86,11 +102,16 @@ def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
         yield from graph.initializer
         for sparse in graph.sparse_initializer:
             yield from (sparse.values, sparse.indices)
-    for node in _nodes(model):
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-            yield from attribute.tensors
-            sparse_tensors = [attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []
-            for sparse in (*sparse_tensors, *attribute.sparse_tensors):
-                yield from (sparse.values, sparse.indices)
+        for node in graph.node:
+            yield from _attribute_tensors(node.attribute)
+    yield from _attribute_tensors(_function_attributes(model))
+
+
+def _attribute_tensors(attributes: Iterable[onnx.AttributeProto]) -> Iterator[onnx.TensorProto]:
+    for attribute in attributes:
+        if attribute.HasField("t"):
+            yield attribute.t
+        yield from attribute.tensors
+        sparse_tensors = [attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []
+        for sparse in (*sparse_tensors, *attribute.sparse_tensors):
+            yield from (sparse.values, sparse.indices)

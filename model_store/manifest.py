@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-SCHEMA_VERSION = 1
 NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
 # One path component: no slash, no leading dot, nothing a shell or a URL would read otherwise.
 FILE_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$"
@@ -30,7 +29,7 @@ FileName = Annotated[str, Field(pattern=FILE_PATTERN)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class FileEntry(_Strict):
@@ -141,7 +140,7 @@ class Lineage(_Strict):
 class Manifest(_Strict):
     """The whole of `manifest.json`. `version` is assigned by the store; 0 means not yet published."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     name: str = Field(pattern=NAME_PATTERN)
     version: int = Field(ge=0)
     created_at: datetime

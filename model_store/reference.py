@@ -10,7 +10,6 @@ from model_store.manifest import NAME_PATTERN
 
 DEFAULT_ALIAS = "production"
 ALIAS_PATTERN = r"^[a-z][a-z0-9-]{0,30}$"
-LARGEST_VERSION = 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +30,7 @@ class ModelReference:
             return cls(name)
         if re.fullmatch(r"[1-9][0-9]{0,8}", rest):
             return cls(name, version=int(rest))
-        if re.fullmatch(ALIAS_PATTERN, rest):
+        if is_alias(rest):
             return cls(name, alias=rest)
         raise ModelNotFoundError(f"{text[:80]!r}: after @ comes a version number or an alias")
 
@@ -40,8 +39,12 @@ class ModelReference:
         return self.name if suffix is None else f"{self.name}@{suffix}"
 
 
+def is_alias(text: str) -> bool:
+    return re.fullmatch(ALIAS_PATTERN, text) is not None
+
+
 def check_alias(alias: str) -> str:
     """The alias itself; raises AliasError where it could not be told from a version or a path."""
-    if not re.fullmatch(ALIAS_PATTERN, alias):
+    if not is_alias(alias):
         raise AliasError(f"alias {alias[:80]!r} must be lower-case letters, digits and dashes, starting with a letter")
     return alias

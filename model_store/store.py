@@ -17,6 +17,7 @@ import re
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from pydantic import ValidationError
 from model_store.errors import AliasError, BundleError, ModelNotFoundError
 from model_store.files import LARGEST_MANIFEST_BYTES, describe, read_checked, read_plain, sync_folder, write_durably
 from model_store.manifest import NAME_PATTERN, Manifest
-from model_store.reference import DEFAULT_ALIAS, ModelReference, check_alias
+from model_store.reference import DEFAULT_ALIAS, ModelReference, check_alias, is_alias
 
 MANIFEST = "manifest.json"
 STALE_STAGING_S = 24 * 3600
@@ -83,15 +84,8 @@ class LocalStore:
         return sorted(int(entry.name) for entry in folder.iterdir() if _is_version(entry.name))
 
     def aliases(self, name: str) -> dict[str, int]:
-        """Alias -> version."""
-        folder = self.root / name / "aliases"
-        if not _is_name(name) or not folder.is_dir():
-            return {}
-        return {
-            entry.name: self._alias_version(name, entry.name)
-            for entry in sorted(folder.iterdir())
-            if not entry.name.startswith(".")
-        }
+        """Alias -> version. Raises BundleError where an alias is no file that holds a version."""
+        return {alias: self._alias_version(name, alias) for alias in self._alias_names(name)}
 
     def resolve(self, text: str) -> Bundle:
         """The bundle a reference names. A bare name means the alias `production`, or the newest version
@@ -101,6 +95,8 @@ class LocalStore:
         if not versions:
             raise ModelNotFoundError(f"no model {reference.name!r}; there are: {', '.join(self.names()) or 'none'}")
         version = self._version(reference, versions)
+        # Listed anew: the alias may have moved to a version published since.
+        versions = self.versions(reference.name)
         if version not in versions:
             have = ", ".join(map(str, versions))
             raise ModelNotFoundError(f"{reference.name!r} has no version {version}; there are: {have}")
@@ -114,18 +110,20 @@ class LocalStore:
 
         Raises BundleError where the manifest does not fit the files.
         """
+        entries = {name: describe(data).model_dump() for name, data in sorted(files.items())}
+        fields = {**manifest.model_dump(mode="json"), "files": entries}
+        # Before anything is written: a name of a file or a model must not be a path.
+        _numbered(fields, 1)
         home = self.root / manifest.name
         home.mkdir(parents=True, exist_ok=True)
+        sync_folder(self.root)
         self._sweep(home)
         staging = home / f".staging-{os.getpid()}-{os.urandom(6).hex()}"
         staging.mkdir()
         try:
             for name, data in files.items():
                 write_durably(staging / name, data)
-            entries = {name: describe(data) for name, data in sorted(files.items())}
-            return self._claim(home, staging, {**manifest.model_dump(mode="json"), "files": {
-                name: entry.model_dump() for name, entry in entries.items()
-            }})  # fmt: skip
+            return self._claim(home, staging, fields)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
@@ -139,17 +137,14 @@ class LocalStore:
             raise AliasError(f"{name!r} has no version {version}; there are: {', '.join(map(str, versions))}")
         folder = self.root / name / "aliases"
         folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
         write_durably(folder / alias, f"{version}\n".encode())
 
     def _claim(self, home: Path, staging: Path, fields: dict[str, object]) -> Bundle:
         """Give the staged folder the next free number by renaming it there."""
         while True:
             version = max(self.versions(home.name), default=0) + 1
-            try:
-                numbered = Manifest.model_validate_json(json.dumps({**fields, "version": version}))
-            except ValidationError as error:
-                raise BundleError(f"the manifest does not fit the files: {error}") from error
-            write_durably(staging / MANIFEST, numbered.to_json().encode())
+            write_durably(staging / MANIFEST, _numbered(fields, version).to_json().encode())
             target = home / str(version)
             try:
                 # Fails where the target exists and is not empty, which every version is.
@@ -164,27 +159,43 @@ class LocalStore:
     def _sweep(self, home: Path) -> None:
         """Remove what publishers that died long ago left behind."""
         for entry in home.glob(".staging-*"):
-            if time.time() - entry.stat().st_mtime > STALE_STAGING_S:
-                shutil.rmtree(entry, ignore_errors=True)
+            # Another publisher's may be gone by now.
+            with suppress(FileNotFoundError):
+                if time.time() - entry.stat().st_mtime > STALE_STAGING_S:
+                    shutil.rmtree(entry, ignore_errors=True)
 
     def _version(self, reference: ModelReference, versions: list[int]) -> int:
         if reference.version is not None:
             return reference.version
-        aliases = self.aliases(reference.name)
-        if reference.alias is not None:
-            if reference.alias not in aliases:
-                have = ", ".join(aliases) or "none"
-                raise ModelNotFoundError(f"{reference.name!r} has no alias {reference.alias!r}; there are: {have}")
-            return aliases[reference.alias]
-        return aliases.get(DEFAULT_ALIAS, versions[-1])
+        # Only the alias that is asked for is read: a broken one must not stop the others.
+        alias = reference.alias or DEFAULT_ALIAS
+        aliases = self._alias_names(reference.name)
+        if alias in aliases:
+            return self._alias_version(reference.name, alias)
+        if reference.alias is None:
+            return versions[-1]
+        have = ", ".join(aliases) or "none"
+        raise ModelNotFoundError(f"{reference.name!r} has no alias {alias!r}; there are: {have}")
+
+    def _alias_names(self, name: str) -> list[str]:
+        folder = self.root / name / "aliases"
+        if not _is_name(name) or not folder.is_dir():
+            return []
+        return sorted(entry.name for entry in folder.iterdir() if is_alias(entry.name))
 
     def _alias_version(self, name: str, alias: str) -> int:
-        check_alias(alias)
         text = read_plain(self.root / name / "aliases", alias, at_most=LONGEST_ALIAS_FILE_BYTES)
         stripped = text.decode("ascii", "replace").strip()
         if not _is_version(stripped):
-            raise AliasError(f"alias {name}@{alias} holds {stripped!r}, not a version")
+            raise BundleError(f"alias {name}@{alias} holds {stripped!r}, not a version")
         return int(stripped)
+
+
+def _numbered(fields: dict[str, object], version: int) -> Manifest:
+    try:
+        return Manifest.model_validate_json(json.dumps({**fields, "version": version}))
+    except ValidationError as error:
+        raise BundleError(f"the manifest does not fit the files: {error}") from error
 
 
 def _is_name(text: str) -> bool:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 
 import numpy as np
-import onnxruntime
 
 from model_store import golden
 from model_store.errors import BundleError
 from model_store.graph import OUTPUTS, check_graph
+from model_store.inference import Session, open_session
 from model_store.store import MANIFEST, Bundle
 
 # Neighbours for the batch check: a louder one and one so quiet that any shared scale would show.
 NEIGHBOUR_GAINS = (1.0, 8.0, 0.001)
+# How far a unit vector's length may be from 1: far above float32 rounding, far below what moves a score.
+UNIT_TOLERANCE = 1e-3
 
 
 def verify_bundle(bundle: Bundle) -> None:
@@ -52,24 +54,20 @@ def read_cohort(data: bytes, dim: int) -> golden.Array:
     if len(data) % (4 * dim) or not data:
         raise BundleError(f"the cohort has {len(data)} bytes, no multiple of {dim} float32")
     cohort = np.frombuffer(data, dtype="<f4").reshape(-1, dim).astype(np.float32)
-    if not np.allclose(np.linalg.norm(cohort, axis=1), 1.0, atol=1e-3):
+    if not np.allclose(np.linalg.norm(cohort, axis=1), 1.0, rtol=0, atol=UNIT_TOLERANCE):
         raise BundleError("the cohort's rows are not unit vectors")
     return cohort
 
 
-def _session(graph: bytes) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+def _session(graph: bytes) -> Session:
     try:
-        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        return open_session(graph, threads=1)
     except Exception as error:
         # ONNX Runtime's exceptions share no base class of their own.
         raise BundleError(f"ONNX Runtime refuses the graph: {error}") from error
 
 
-def _run(session: onnxruntime.InferenceSession, waveforms: list[golden.Array]) -> dict[str, golden.Array]:
+def _run(session: Session, waveforms: list[golden.Array]) -> dict[str, golden.Array]:
     lengths = np.array([len(waveform) for waveform in waveforms], dtype=np.int64)
     batch = np.zeros((len(waveforms), int(lengths.max())), dtype=np.float32)
     for row, waveform in enumerate(waveforms):
@@ -78,12 +76,15 @@ def _run(session: onnxruntime.InferenceSession, waveforms: list[golden.Array]) -
         values = session.run(list(OUTPUTS), {"waveform": batch, "lengths": lengths})
     except Exception as error:
         raise BundleError(f"the graph does not run: {error}") from error
-    return dict(zip(OUTPUTS, values, strict=True))
+    outputs = dict(zip(OUTPUTS, values, strict=True))
+    for name, (_, rank) in OUTPUTS.items():
+        # ONNX Runtime only warns where a shape is not the declared one.
+        if outputs[name].ndim != rank or len(outputs[name]) != len(waveforms):
+            raise BundleError(f"{name} has shape {outputs[name].shape}, not what the contract says")
+    return outputs
 
 
-def _check_golden(
-    session: onnxruntime.InferenceSession, waveform: golden.Array, expected: dict[str, golden.Array]
-) -> None:
+def _check_golden(session: Session, waveform: golden.Array, expected: dict[str, golden.Array]) -> None:
     found = _run(session, [waveform])
     for name in OUTPUTS:
         golden.compare(f"golden clip: {name}", expected[name], found[name][0])
@@ -100,11 +101,12 @@ def _check_dimensions(bundle: Bundle, expected: dict[str, golden.Array]) -> None
     for name, size in wanted.items():
         if expected[name].shape[-1] != size:
             raise BundleError(f"{name} has {expected[name].shape[-1]} values, the manifest says {size}")
+    length = float(np.linalg.norm(expected["speaker_embedding"]))
+    if not abs(length - 1.0) <= UNIT_TOLERANCE:
+        raise BundleError(f"speaker_embedding has length {length:.4g}, it must be a unit vector")
 
 
-def _check_invariance(
-    session: onnxruntime.InferenceSession, waveform: golden.Array, expected: dict[str, golden.Array]
-) -> None:
+def _check_invariance(session: Session, waveform: golden.Array, expected: dict[str, golden.Array]) -> None:
     """The clip among longer, louder and near-silent neighbours gives what it gives alone."""
     longer = np.concatenate([waveform, waveform[::-1], waveform])
     neighbours = [np.clip(longer * np.float32(gain), -1, 1).astype(np.float32) for gain in NEIGHBOUR_GAINS]

@@ -14,7 +14,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from service.errors import PROBLEM_JSON, PROBLEM_TYPE_PREFIX, InvalidRequestError, NotFoundError, ServiceError
+from service.errors import (
+    PROBLEM_JSON,
+    PROBLEM_TYPE_PREFIX,
+    InvalidRequestError,
+    NotFoundError,
+    Problem,
+    ServiceError,
+)
 from service.middleware import RequestFrame
 from service.routes import analyze, embeddings, keywords, models, ops, speakers
 from service.routes.common import refuse_unknown_query, runtime_of
@@ -27,20 +34,34 @@ Send audio as the raw body (`audio/wav`, `audio/flac`, `audio/ogg`, `audio/mpeg`
 part `audio` of `multipart/form-data`. Errors are RFC 9457 problem details with a stable `code`."""
 
 
+class _Application(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        """With the schema of problem details, which no route names as its model: FastAPI would document it as
+        application/json."""
+        document = super().openapi()
+        document["components"]["schemas"].setdefault("Problem", Problem.model_json_schema())
+        return document
+
+
+# The server has drained all requests by then; only a stuck call can make this wait.
+CLOSE_S = 2.0
+
+
 def create_app(settings: Settings) -> FastAPI:
-    """The application; the model is loaded when its lifespan starts."""
+    """The application; the model is loaded when its lifespan starts, or before by `state.runtime.start`."""
     runtime = Runtime(settings)
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await asyncio.to_thread(runtime.start)
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        if not runtime.started:
+            await asyncio.to_thread(runtime.start)
         try:
             yield
         finally:
             runtime.draining = True
-            await asyncio.to_thread(runtime.close, settings.shutdown_grace_s)
+            await asyncio.to_thread(runtime.close, CLOSE_S)
 
-    app = FastAPI(
+    app = _Application(
         title="sotto",
         description=DESCRIPTION,
         version=version("sotto"),

@@ -32,7 +32,8 @@ def serve() -> None:
             typer.echo(f"error: {name}: {fault['msg'].removeprefix('Value error, ')}", err=True)
         raise typer.Exit(2) from error
     except (StoreError, ServiceError) as error:
-        typer.echo(f"error: {error}", err=True)
+        cause = f" ({str(error.__cause__).splitlines()[0]})" if error.__cause__ else ""
+        typer.echo(f"error: {error}{cause}", err=True)
         raise typer.Exit(1) from error
     sys.exit(status)
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 
 from model_store import Bundle, Manifest, verify_bundle
 from model_store.graph import OUTPUTS
+from model_store.inference import open_session
 from model_store.verify import read_cohort
 from service.audio import SAMPLE_RATE_HZ, Waveform
 
@@ -36,16 +36,7 @@ class Engine:
         self.bundle = bundle
         self.manifest: Manifest = bundle.manifest
         self.cohort = self._load_cohort()
-        options = onnxruntime.SessionOptions()
-        # Left alone, ONNX Runtime takes every core of the host and spins on them between calls.
-        options.intra_op_num_threads = intra_op_threads
-        options.inter_op_num_threads = 1
-        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(
-            bundle.read(self.manifest.graph.file), options, providers=["CPUExecutionProvider"]
-        )
+        self._session = open_session(bundle.read(self.manifest.graph.file), threads=intra_op_threads)
         self._hop = round(self.manifest.keywords.frame_hop_s * SAMPLE_RATE_HZ)
 
     def run(self, waveforms: Sequence[Waveform]) -> list[Outputs]:

@@ -2,7 +2,7 @@
 
 ServiceError
  ├─ 400 UndecodableAudioError     undecodable_audio
- ├─ 400 InvalidRequestError       invalid_request (422 where the value, not the syntax, is wrong)
+ ├─ 400 MalformedBodyError        malformed_body
  ├─ 401 UnauthenticatedError      unauthenticated
  ├─ 403 ForbiddenError            forbidden
  ├─ 404 NotFoundError             not_found
@@ -13,6 +13,7 @@ ServiceError
  ├─ 422 AudioTooShortError        audio_too_short
  ├─ 422 NoSpeechError             no_speech
  ├─ 422 InvalidSamplesError       invalid_samples
+ ├─ 422 InvalidRequestError       invalid_request
  ├─ 429 RateLimitedError          rate_limited, with Retry-After
  ├─ 500 InferenceFailedError      inference_failed
  ├─ 503 OverloadedError           overloaded, with Retry-After
@@ -28,6 +29,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 PROBLEM_JSON = "application/problem+json"
+# How routes document their errors; `service.app` puts the schema there.
+PROBLEM_SCHEMA = {"$ref": "#/components/schemas/Problem"}
 PROBLEM_TYPE_PREFIX = "urn:sotto:problem:"
 
 

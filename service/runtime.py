@@ -61,6 +61,7 @@ class Runtime:
         self.metrics = Metrics()
         self.authenticator = Authenticator(settings)
         self.store = LocalStore(settings.models_dir)
+        self.started = False
         self.draining = False
 
     def start(self) -> None:
@@ -94,6 +95,7 @@ class Runtime:
         for keyword in self.engine.manifest.keywords.labels:
             self.metrics.detections.labels(keyword.label)
         self.metrics.ready.set(1)
+        self.started = True
 
     def close(self, grace_s: float) -> None:
         """Finish what is queued, then stop every thread. Blocking."""
@@ -141,11 +143,12 @@ class Runtime:
     async def infer(self, waveform: audio.Waveform, clock: StageClock, deadline: float) -> Outputs:
         """One clip through the batcher. Raises ServiceError."""
         try:
-            timed = await self.batcher.submit(waveform, size=waveform.duration_s, deadline=deadline)
+            async with _until(deadline):
+                timed = await self.batcher.submit(waveform, size=waveform.duration_s, deadline=deadline)
         except QueueFullError as error:
             raise OverloadedError(str(error), retry_after_s=error.retry_after_s) from error
-        except ExpiredError as error:
-            raise DeadlineExceededError(str(error)) from error
+        except (ExpiredError, TimeoutError) as error:
+            raise DeadlineExceededError(str(error) or "the deadline passed during inference") from error
         except ClosedError as error:
             raise OverloadedError(str(error), retry_after_s=DRAIN_RETRY_AFTER_S) from error
         except CallFailedError as error:
@@ -163,7 +166,12 @@ class Runtime:
             raise DeadlineExceededError("the deadline passed before the work began")
         loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout_at(loop.time() + deadline - time.monotonic()):
+            async with _until(deadline):
                 return await loop.run_in_executor(pool, work)
         except TimeoutError as error:
             raise DeadlineExceededError("the deadline passed") from error
+
+
+def _until(deadline: float) -> asyncio.Timeout:
+    """Raises TimeoutError in the block once `deadline`, on time.monotonic, passes."""
+    return asyncio.timeout(deadline - time.monotonic())

@@ -15,12 +15,14 @@ from service.app import create_app
 from service.runtime import Runtime
 from service.settings import Settings
 
+KEY_HEADER = " -H 'Authorization: Bearer KEY'"
+
 WELCOME = """sotto listens on {url}   (API documentation: {url}/docs, metrics: {url}/metrics)
 model {model}, {keywords} keywords
 
 Try, from another terminal in this folder:
-  curl -s --data-binary @examples/computer.wav -H 'Content-Type: audio/wav' {url}/v1/keywords/detect
-  curl -s --data-binary @examples/five-words.wav -H 'Content-Type: audio/wav' {url}/v1/keywords/detect
+  curl -s{key} --data-binary @examples/computer.wav -H 'Content-Type: audio/wav' {url}/v1/keywords/detect
+  curl -s{key} --data-binary @examples/five-words.wav -H 'Content-Type: audio/wav' {url}/v1/keywords/detect
 """
 
 
@@ -38,12 +40,13 @@ class Server(uvicorn.Server):
         if not self.started:
             return
         port = self.servers[0].sockets[0].getsockname()[1]
-        host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
+        host = _address(self._settings.host)
         manifest = self._runtime.engine.manifest
         text = WELCOME.format(
             url=f"http://{host}:{port}",
             model=f"{manifest.name}@{manifest.version}",
             keywords=len(manifest.keywords.labels),
+            key=KEY_HEADER if self._settings.api_keys else "",
         )
         print(text, flush=True)  # noqa: T201  this is the command's output
 
@@ -74,8 +77,15 @@ class Server(uvicorn.Server):
         self.handle_exit(number, None)
 
 
+def _address(host: str) -> str:
+    """How a person on this machine reaches what listens on `host`."""
+    if host in ("0.0.0.0", "::"):
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
+
+
 def run(settings: Settings) -> int:
-    """Serve until told to stop; the exit status."""
+    """Serve until told to stop; the exit status. Raises what Runtime.start does."""
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("alembic").setLevel(logging.WARNING)
     app = create_app(settings)
@@ -93,6 +103,9 @@ def run(settings: Settings) -> int:
         timeout_graceful_shutdown=max(1, int(settings.shutdown_grace_s)),
         server_header=False,
     )
-    server = Server(config, settings, app.state.runtime)
+    runtime: Runtime = app.state.runtime
+    # In the lifespan a failure would be uvicorn's, told as a traceback.
+    runtime.start()
+    server = Server(config, settings, runtime)
     server.run()
     return 0 if server.started else 1

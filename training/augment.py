@@ -91,8 +91,8 @@ def reverberate(speech: Waveform, response: Waveform) -> Waveform:
     """Convolve, keep direct sound in place, same length and same energy as before."""
     full = len(speech) + len(response) - 1
     size = 1 << (full - 1).bit_length()
-    wet = np.fft.irfft(np.fft.rfft(speech, size) * np.fft.rfft(response, size), size)
-    wet = wet[DIRECT_SOUND_SAMPLES : DIRECT_SOUND_SAMPLES + len(speech)].astype(np.float32)
+    full_wet = np.fft.irfft(np.fft.rfft(speech, size) * np.fft.rfft(response, size), size)
+    wet: Waveform = full_wet[DIRECT_SOUND_SAMPLES : DIRECT_SOUND_SAMPLES + len(speech)].astype(np.float32)
     return wet * np.float32(_rms(speech) / max(_rms(wet), 1e-9))
 
 
@@ -118,13 +118,15 @@ def telephone(waveform: Waveform) -> Waveform:
     peak = max(float(np.abs(band).max(initial=0.0)), 1e-9)
     unit = band / np.float32(peak)
     steps = np.rint(np.sign(unit) * np.log1p(MU * np.abs(unit)) / np.log1p(MU) * 127) / 127
-    return (np.sign(steps) * np.expm1(np.abs(steps) * np.log1p(MU)) / MU * peak).astype(np.float32)
+    decoded = np.sign(steps) * np.expm1(np.abs(steps) * np.log1p(MU)) / MU * peak
+    return np.asarray(decoded, dtype=np.float32)
 
 
 def at_level(waveform: Waveform, level_dbfs: float) -> Waveform:
     """Scale to a root-mean-square level, then clip to full scale as a converter would."""
     scaled = waveform * np.float32(10 ** (level_dbfs / 20) / max(_rms(waveform), 1e-6))
-    return np.clip(scaled, -1.0, 1.0)
+    clipped: Waveform = np.clip(scaled, -1.0, 1.0)
+    return clipped
 
 
 def _rms(waveform: Waveform) -> float:

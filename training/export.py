@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
@@ -33,13 +32,14 @@ from model_store import (
 from model_store.files import describe
 from model_store.golden import pack
 from model_store.graph import OUTPUTS
+from model_store.inference import Session, open_session
 from model_store.store import MANIFEST
 from training.alignment import loudest_speech
 from training.audio_cache import SAMPLE_RATE_HZ, decode
 from training.errors import ExportError
-from training.manifest import Clip, Data, labels_of, read_data
+from training.manifest import Clip, labels_of, read_data
 from training.recipe import Recipe
-from training.run import load_student
+from training.run import chosen, load_student
 from training.students.edge import FRAME_HOP, Edge
 
 OPSET = 17
@@ -67,25 +67,25 @@ class ServedGraph(nn.Module):
         return out.keyword_logits, out.speaker_embedding, out.embedding, out.frames
 
 
-def export(run_folder: Path, out: Path, *, name: str) -> Manifest:
+def export(run_folder: Path, out: Path, *, name: str, data_root: Path | None = None) -> Manifest:
     """Write the draft bundle into `out` and return its manifest. Raises RunError, ExportError."""
     student, run = load_student(run_folder)
     recipe = Recipe.model_validate(run["recipe"])
     data = read_data(
-        recipe.data.root, calibration_fraction=recipe.data.calibration_fraction, seed=recipe.seed
+        data_root or recipe.data.root, calibration_fraction=recipe.data.calibration_fraction, seed=recipe.seed
     )
     graph = to_onnx(student)
-    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    session = open_session(graph, threads=1)
     check_graph_equals_network(session, student)
-    train = [clip for clip in data.split("train") if clip.speaker]
+    trained_on = chosen(recipe, data.split("train"))
     golden_clip = _golden_waveform()
     files = {
         "model.onnx": graph,
         "golden.npz": pack(golden_clip, {key: value[0] for key, value in run_graph(session, [golden_clip]).items()}),
-        "cohort.f32": speaker_cohort(student, train).astype("<f4").tobytes(),
+        "cohort.f32": speaker_cohort(student, [clip for clip in trained_on if clip.speaker]).astype("<f4").tobytes(),
         "MODEL_CARD.md": f"# {name}\n\nUncalibrated draft.\n".encode(),
     }
-    manifest = _manifest(name, run, recipe, student, data, files)
+    manifest = _manifest(name, run, student, trained_on, files)
     write_draft(out, manifest, files)
     return manifest
 
@@ -102,7 +102,7 @@ def to_onnx(student: Edge) -> bytes:
         torch.onnx.export(
             ServedGraph(student).eval(),
             (waveform, lengths),
-            stream,
+            stream,  # type: ignore[arg-type]  # the annotation forgets file objects, the documentation does not
             dynamo=False,
             opset_version=OPSET,
             input_names=["waveform", "lengths"],
@@ -119,7 +119,7 @@ def to_onnx(student: Edge) -> bytes:
     return stream.getvalue()
 
 
-def check_graph_equals_network(session: onnxruntime.InferenceSession, student: Edge) -> None:
+def check_graph_equals_network(session: Session, student: Edge) -> None:
     """ONNX against torch, padded against alone, batch against single: all within TOLERANCE.
 
     Raises ExportError with the worst difference.
@@ -144,7 +144,7 @@ def check_graph_equals_network(session: onnxruntime.InferenceSession, student: E
                 _within(f"{name}: padded against alone, clip {row}", padded, alone[name][0])
 
 
-def run_graph(session: onnxruntime.InferenceSession, clips: list[Array]) -> dict[str, Array]:
+def run_graph(session: Session, clips: list[Array]) -> dict[str, Array]:
     """All outputs for the clips as one padded batch."""
     lengths = np.array([len(clip) for clip in clips], dtype=np.int64)
     batch = np.zeros((len(clips), int(lengths.max())), dtype=np.float32)
@@ -180,10 +180,10 @@ def write_draft(out: Path, manifest: Manifest, files: Mapping[str, bytes]) -> No
 
 
 def _manifest(
-    name: str, run: dict[str, Any], recipe: Recipe, student: Edge, data: Data, files: Mapping[str, bytes]
+    name: str, run: dict[str, Any], student: Edge, trained_on: list[Clip], files: Mapping[str, bytes]
 ) -> Manifest:
     labels = run["labels"]
-    typical = _typical_durations(data.split("train"), labels)
+    typical = _typical_durations(trained_on, labels)
     hop_s = FRAME_HOP / SAMPLE_RATE_HZ
     return Manifest(
         name=name,

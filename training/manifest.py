@@ -145,7 +145,8 @@ def digest_data(data: Data) -> dict[str, str]:
         if (data.root / name).is_file()
     }
     audio = hashlib.sha256()
-    for item in sorted((*data.clips, *data.noises, *data.rooms), key=lambda entry: entry.key):
+    items: list[Clip | Recording] = [*data.clips, *data.noises, *data.rooms]
+    for item in sorted(items, key=lambda entry: entry.key):
         audio.update(item.key.encode())
         audio.update(hashlib.sha256(item.path.read_bytes()).digest())
     digests["audio"] = audio.hexdigest()

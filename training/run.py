@@ -50,13 +50,13 @@ class Prepared:
 def prepare(recipe: Recipe, cache_folder: Path) -> Prepared:
     """Read tables, make synthetic voices, decode everything once. Raises TrainingError."""
     data = read_data(recipe.data.root, calibration_fraction=recipe.data.calibration_fraction, seed=recipe.seed)
-    training = _chosen(recipe, data.split("train"))
+    training = chosen(recipe, data.split("train"))
     labels = labels_of(training)
     if not labels:
         raise RunError("no training clip has a keyword")
     if recipe.data.synthesis is not None:
         training += synthesize(recipe.data.synthesis, labels, cache_folder / "espeak", seed=recipe.seed)
-    monitor = [clip for clip in _chosen(recipe, data.split(CALIBRATION_FOLD)) if clip.duration_s <= 4.0]
+    monitor = [clip for clip in chosen(recipe, data.split(CALIBRATION_FOLD)) if clip.duration_s <= 4.0]
     recordings = [item.path for item in (*data.noises, *data.rooms) if item.split == "train"]
     cache = AudioCache.build(cache_folder, [clip.path for clip in (*training, *monitor)] + recordings)
     return Prepared(data, training, monitor, labels, cache)
@@ -81,7 +81,7 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int |
     torch.manual_seed(recipe.seed)
     student = Edge(1 + len(prepared.labels), recipe.shape)
     # Channels last is what the CPU's bfloat16 kernels want; it changes speed, not results' meaning.
-    student = student.to(memory_format=torch.channels_last)
+    student = student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
     angular = AamSoftmax(recipe.shape.speaker_dim, max(1, source.speaker_classes), recipe.loss.speaker_scale)
     optimizer = _optimizer(recipe, [student, angular])
     average = {name: value.detach().clone() for name, value in student.state_dict().items()}
@@ -110,7 +110,8 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int |
                     progress.console.print(finished, {name: round(value, 4) for name, value in seen.items()})
     writer.close()
     if last == recipe.schedule.steps:
-        torch.save(average, folder / "student.pt")
+        torch.save(average, folder / "student.partial")
+        (folder / "student.partial").replace(folder / "student.pt")
     return folder
 
 
@@ -146,7 +147,7 @@ def _step(
     speaker = angular(out.speaker_embedding[known], batch.speaker[known], margin) if known.any() else clip * 0
     total = weights.clip * clip + weights.frame * frame + weights.speaker * speaker
     optimizer.zero_grad(set_to_none=True)
-    total.backward()
+    torch.autograd.backward(total)
     parameters = (*student.parameters(), *angular.parameters())
     nn.utils.clip_grad_norm_(parameters, recipe.schedule.gradient_clip)
     optimizer.step()
@@ -258,7 +259,9 @@ def _write_run_file(recipe: Recipe, folder: Path, prepared: Prepared, source: Ba
         "speakers": len(source.speakers),
         "parameters": sum(parameter.numel() for parameter in student.parameters()),
     }
-    path.write_text(json.dumps(run, indent=1, ensure_ascii=False), encoding="utf-8")
+    partial = folder / "run.partial"
+    partial.write_text(json.dumps(run, indent=1, ensure_ascii=False), encoding="utf-8")
+    partial.replace(path)
 
 
 def git_revision() -> str:
@@ -276,7 +279,8 @@ def git_revision() -> str:
     return f"{head}+changes" if changed else head
 
 
-def _chosen(recipe: Recipe, clips: list[Clip]) -> list[Clip]:
+def chosen(recipe: Recipe, clips: list[Clip]) -> list[Clip]:
+    """Those of the clips that the recipe takes: its corpora, and at most about so many of each."""
     if recipe.data.corpora is not None:
         clips = [clip for clip in clips if clip.corpus in recipe.data.corpora]
     most = recipe.data.most_clips_per_corpus

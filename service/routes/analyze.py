@@ -49,6 +49,7 @@ router = APIRouter(prefix="/v1/analyze", tags=["analyze"])
 Task = Literal["keywords", "speaker", "embedding"]
 # A voice needs this much audio around a keyword to be told from another.
 LEAST_VOICE_S = 1.0
+ALL_TASKS: tuple[Task, ...] = ("keywords", "speaker", "embedding")
 EXAMPLE = {
     "model": {"name": "sotto-edge", "version": 1},
     "duration_s": 1.0,
@@ -97,11 +98,7 @@ EXAMPLE = {
 async def analyze(
     request: Request,
     caller: Infers,
-    tasks: Annotated[list[Task], Query(description="Repeat for several; default all.")] = [
-        "keywords",
-        "speaker",
-        "embedding",
-    ],  # noqa: B006
+    tasks: Annotated[list[Task], Query(default_factory=lambda: list(ALL_TASKS), description="Repeat for several.")],
     speaker_id: Annotated[
         str | None, Query(max_length=128, description="Also says who spoke: the claim, and each detection.")
     ] = None,

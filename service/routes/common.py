@@ -11,16 +11,17 @@ from service.auth import Caller
 from service.engine import Engine
 from service.errors import (
     PROBLEM_JSON,
+    PROBLEM_SCHEMA,
     AudioTooLargeError,
     AudioTooShortError,
     DeadlineExceededError,
     ForbiddenError,
     InferenceFailedError,
     InvalidRequestError,
+    MalformedBodyError,
     ModelMismatchError,
     NotFoundError,
     OverloadedError,
-    Problem,
     RateLimitedError,
     ServiceError,
     StorageUnavailableError,
@@ -34,6 +35,7 @@ from service.timing import StageClock
 
 AUDIO_ERRORS: tuple[type[ServiceError], ...] = (
     UndecodableAudioError,
+    MalformedBodyError,
     AudioTooLargeError,
     UnsupportedMediaTypeError,
     AudioTooShortError,
@@ -58,7 +60,9 @@ def problems(*errors: type[ServiceError]) -> dict[int | str, dict[str, Any]]:
     """OpenAPI `responses` for these errors and those that any authenticated route can give."""
     found: dict[int | str, dict[str, Any]] = {}
     for error in (*CALLER_ERRORS, *errors):
-        known = found.setdefault(error.status, {"description": "", "content": {PROBLEM_JSON: {}}, "model": Problem})
+        known = found.setdefault(
+            error.status, {"description": "", "content": {PROBLEM_JSON: {"schema": PROBLEM_SCHEMA}}}
+        )
         codes = [*known["description"].split(" or "), f"`{error.code}`"]
         known["description"] = " or ".join(dict.fromkeys(code for code in codes if code))
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 from fastapi import APIRouter, Query, Request, Response
@@ -323,7 +323,7 @@ def _describe(runtime: Runtime, profile: Profile) -> SpeakerAnswer:
     )
 
 
-def _status(speech_s: float, required_s: float) -> str:
+def _status(speech_s: float, required_s: float) -> Literal["enrolling", "enrolled"]:
     return "enrolled" if speech_s >= required_s else "enrolling"
 
 

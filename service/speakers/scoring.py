@@ -2,10 +2,10 @@
 
     cosine        of the profile (mean of unit embeddings, renormalised) and the test embedding
     normalised    adaptive symmetric normalisation (Matejka et al. 2017) where the bundle has a cohort:
-                  ½[(s - μ_e)/σ_e + (s - μ_t)/σ_t] over each side's closest cohort speakers
+                  ½[(s - mean_e)/sd_e + (s - mean_t)/sd_t] over each side's closest cohort speakers
     score         scale * normalised + offset, natural-log likelihood ratio (Brümmer & du Preez 2006)
 
-`training` fits the calibration through a copy of this arithmetic that a test holds equal to this one.
+`training.calibrate` fits scale and offset through HTTP, on scores that this module computed.
 """
 
 from __future__ import annotations

@@ -39,6 +39,7 @@ from service.errors import StorageUnavailableError
 Array = npt.NDArray[np.float32]
 BUSY_TIMEOUT_MS = 5_000
 RETRY_AFTER_S = 2.0
+MIGRATION_LOCK = 0x50_77_70
 
 
 class Base(DeclarativeBase):
@@ -109,7 +110,8 @@ class ProfileStore:
         parsed = make_url(url)
         self._sqlite = parsed.get_backend_name() == "sqlite"
         if self._sqlite and parsed.database not in (None, "", ":memory:"):
-            Path(str(parsed.database)).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with _translated():
+                Path(str(parsed.database)).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._engine = create_engine(parsed, pool_pre_ping=not self._sqlite)
         if self._sqlite:
             event.listen(self._engine, "connect", _configure_sqlite)
@@ -247,6 +249,9 @@ def _migrate(engine: Engine) -> None:
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     with engine.begin() as connection:
+        if connection.dialect.name == "postgresql":
+            # Replicas that start together take turns.
+            connection.execute(text(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})"))
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
 

@@ -41,7 +41,8 @@ def frame_loss(
 ) -> Tensor:
     """Cross-entropy of each frame: the keyword between its start and end, background elsewhere.
 
-    Frame j is centred on j * frame_hop_s. Averaged within words and within background separately, so that long silences do not drown words.
+    Frame j is centred on j * frame_hop_s. Averaged within words and within background separately, so
+    that long silences do not drown words.
     """
     centres = torch.arange(logits.shape[1], device=logits.device) * frame_hop_s
     start, end = word_s[:, :1], word_s[:, 1:]

@@ -1,0 +1,52 @@
+# Thin: each line is a command that a person could type.
+PYTHON ?= python3
+
+.PHONY: serve test lint format train bench peers examples clean
+
+serve: .venv/installed
+	@exec .venv/bin/sotto serve
+
+test: .venv-dev/installed .venv/installed
+	.venv-dev/bin/pytest
+
+lint: .venv-dev/installed
+	.venv-dev/bin/ruff check .
+	.venv-dev/bin/ruff format --check .
+	.venv-dev/bin/mypy
+
+format: .venv-dev/installed
+	.venv-dev/bin/ruff check --fix .
+	.venv-dev/bin/ruff format .
+
+RECIPE ?= training/recipes/edge.yaml
+train: .venv-dev/installed
+	.venv-dev/bin/sotto train $(RECIPE)
+
+bench: .venv-dev/installed
+	.venv-dev/bin/python -m benchmarks.naive
+
+# Systems that are measured beside ours; their dependencies are old, so they live by themselves.
+peers: .venv-peers/installed
+
+examples: .venv/installed
+	.venv/bin/python examples/make_examples.py
+
+clean:
+	rm -rf .venv .venv-dev .venv-peers .mypy_cache .ruff_cache .pytest_cache build *.egg-info
+
+# The serving environment: no torch.
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+.venv-dev/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-dev
+	.venv-dev/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-dev/bin/pip install --quiet --disable-pip-version-check --editable '.[train,dev]'
+	@touch $@
+
+.venv-peers/installed:
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 'setuptools<81' resemblyzer==0.1.4 soundfile
+	@touch $@

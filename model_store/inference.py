@@ -1,0 +1,40 @@
+"""The only door to ONNX Runtime.
+
+Left to its defaults it takes every core of the host, spins on them between calls, and from 1.29 on its
+official builds report usage to their maker.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+import onnxruntime
+
+
+class Session(Protocol):
+    """What is used of an InferenceSession; its own class carries no types."""
+
+    def run(
+        self, outputs: Sequence[str], feeds: Mapping[str, npt.NDArray[np.generic]]
+    ) -> list[npt.NDArray[np.float32]]: ...
+
+
+def open_session(graph: bytes, *, threads: int) -> Session:
+    """A CPU session with `threads` threads inside one call, none of them spinning.
+
+    Raises ONNX Runtime's own exceptions, which share no base class.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    return cast(Session, onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"]))

@@ -1,0 +1,295 @@
+"""The batcher: idle items go at once, busy ones are grouped, and every item ends in exactly one outcome."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+
+from service.batching import (
+    Batcher,
+    CallFailedError,
+    ClosedError,
+    ExpiredError,
+    Limits,
+    QueueFullError,
+)
+
+FAR = 1e9
+
+
+class Observer:
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+        self.failures: list[str] = []
+        self.depth = 0
+
+    def batch_run(self, items: int, duration_s: float) -> None:
+        self.batches.append(items)
+
+    def queue_changed(self, items: int, size: float) -> None:
+        self.depth = items
+
+    def worker_failed(self, kind: str) -> None:
+        self.failures.append(kind)
+
+
+class Gate:
+    """A call that records its batches and waits until it is let through."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.entered = threading.Semaphore(0)
+        self.calls: list[list[float]] = []
+
+    def __call__(self, items: list[float]) -> Sequence[float]:
+        self.calls.append(list(items))
+        self.entered.release()
+        assert self.open.wait(20)
+        return [item * 10 for item in items]
+
+
+@contextmanager
+def batcher(
+    call: Callable[[list[float]], Sequence[float]],
+    *,
+    workers: int = 1,
+    max_batch: int = 4,
+    max_area: float = 100.0,
+    max_waiting: float = 1000.0,
+) -> Iterator[tuple[Batcher[float, float], Observer]]:
+    observer = Observer()
+    made: Batcher[float, float] = Batcher(
+        call, workers=workers, limits=Limits(max_batch, max_area, max_waiting), observer=observer
+    )
+    try:
+        yield made, observer
+    finally:
+        made.close(5)
+
+
+async def entered(gate: Gate) -> None:
+    assert await asyncio.to_thread(gate.entered.acquire, timeout=20)
+
+
+async def queued(observer: Observer, count: int) -> None:
+    end = time.monotonic() + 20
+    while observer.depth != count:
+        assert time.monotonic() < end, f"{observer.depth} items wait, expected {count}"
+        await asyncio.sleep(0)
+
+
+def submit(made: Batcher[float, float], item: float, deadline: float = FAR) -> asyncio.Task[float]:
+    async def one() -> float:
+        return (await made.submit(item, size=item, deadline=deadline)).value
+
+    return asyncio.ensure_future(one())
+
+
+def test_an_idle_batcher_runs_a_single_item_at_once() -> None:
+    async def main() -> tuple[float, list[int]]:
+        with batcher(lambda items: [item * 10 for item in items]) as (made, observer):
+            return await submit(made, 1.0), observer.batches
+
+    assert asyncio.run(main()) == (10.0, [1])
+
+
+def test_items_that_arrive_while_busy_run_together() -> None:
+    async def main() -> list[list[float]]:
+        gate = Gate()
+        with batcher(gate) as (made, observer):
+            first = submit(made, 1.0)
+            await entered(gate)
+            others = [submit(made, 1.0 + index / 100) for index in range(3)]
+            await queued(observer, 3)
+            gate.open.set()
+            assert await asyncio.gather(first, *others) == pytest.approx([10.0, 10.0, 10.1, 10.2])
+        return gate.calls
+
+    assert asyncio.run(main()) == [[1.0], [1.0, 1.01, 1.02]]
+
+
+def test_items_of_different_length_are_not_padded_together() -> None:
+    async def main() -> list[list[float]]:
+        gate = Gate()
+        with batcher(gate) as (made, observer):
+            tasks = [submit(made, 1.0)]
+            await entered(gate)
+            for size in (1.0, 8.0, 1.2):
+                tasks.append(submit(made, size))
+                await queued(observer, len(tasks) - 1)
+            gate.open.set()
+            await asyncio.gather(*tasks)
+        return gate.calls
+
+    assert asyncio.run(main()) == [[1.0], [1.0, 1.2], [8.0]]
+
+
+@pytest.mark.parametrize(("max_batch", "max_area", "sizes"), [(2, 100.0, [2, 2, 1]), (4, 3.0, [3, 2])])
+def test_batches_keep_to_their_limits(max_batch: int, max_area: float, sizes: list[int]) -> None:
+    async def main() -> list[int]:
+        gate = Gate()
+        with batcher(gate, max_batch=max_batch, max_area=max_area) as (made, observer):
+            tasks = [submit(made, 1.0)]
+            await entered(gate)
+            tasks += [submit(made, 1.0) for _ in range(5)]
+            await queued(observer, 5)
+            gate.open.set()
+            await asyncio.gather(*tasks)
+        return [len(call) for call in gate.calls[1:]]
+
+    assert asyncio.run(main()) == sizes
+
+
+def test_results_reach_the_items_they_belong_to() -> None:
+    async def main() -> list[float]:
+        with batcher(lambda items: [item * 10 for item in items], workers=3) as (made, _):
+            return list(await asyncio.gather(*(submit(made, 1.0 + index / 1000) for index in range(300))))
+
+    assert asyncio.run(main()) == pytest.approx([10 + index / 100 for index in range(300)])
+
+
+def test_a_failing_call_fails_its_items_and_no_others() -> None:
+    def call(items: list[float]) -> list[float]:
+        if 2.0 in items:
+            raise ValueError("boom")
+        return items
+
+    async def main() -> tuple[float, list[str]]:
+        with batcher(call) as (made, observer):
+            with pytest.raises(CallFailedError):
+                await submit(made, 2.0)
+            return await submit(made, 1.0), observer.failures
+
+    assert asyncio.run(main()) == (1.0, ["call"])
+
+
+def test_a_call_that_returns_too_few_results_fails_instead_of_hanging() -> None:
+    async def main() -> None:
+        with batcher(lambda items: items[1:]) as (made, _):
+            await submit(made, 1.0)
+
+    with pytest.raises(CallFailedError):
+        asyncio.run(main())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_dead_worker_fails_what_it_held_and_is_replaced() -> None:
+    def call(items: list[float]) -> list[float]:
+        if 2.0 in items:
+            raise SystemExit
+        return items
+
+    async def main() -> tuple[float, list[str], bool]:
+        with batcher(call) as (made, observer):
+            with pytest.raises(CallFailedError):
+                await submit(made, 2.0)
+            value = await submit(made, 1.0)
+            return value, observer.failures, made.alive
+
+    assert asyncio.run(main()) == (1.0, ["restart"], True)
+
+
+def test_an_item_whose_deadline_passes_in_the_queue_is_never_run() -> None:
+    async def main() -> list[list[float]]:
+        gate = Gate()
+        with batcher(gate) as (made, observer):
+            first = submit(made, 1.0)
+            await entered(gate)
+            late = submit(made, 1.1, deadline=time.monotonic() + 0.05)
+            await queued(observer, 1)
+            await asyncio.sleep(0.06)
+            gate.open.set()
+            await first
+            with pytest.raises(ExpiredError):
+                await late
+        return gate.calls
+
+    assert asyncio.run(main()) == [[1.0]]
+
+
+def test_a_cancelled_item_leaves_the_queue() -> None:
+    async def main() -> list[list[float]]:
+        gate = Gate()
+        with batcher(gate) as (made, observer):
+            first = submit(made, 1.0)
+            await entered(gate)
+            gone = submit(made, 1.1)
+            await queued(observer, 1)
+            gone.cancel()
+            await queued(observer, 0)
+            gate.open.set()
+            await first
+        return gate.calls
+
+    assert asyncio.run(main()) == [[1.0]]
+
+
+def test_a_full_queue_refuses_with_a_time_to_come_back() -> None:
+    async def main() -> float:
+        gate = Gate()
+        with batcher(gate, max_waiting=2.0) as (made, observer):
+            tasks = [submit(made, 1.0)]
+            await entered(gate)
+            tasks += [submit(made, 1.0), submit(made, 1.0)]
+            await queued(observer, 2)
+            with pytest.raises(QueueFullError) as refused:
+                await submit(made, 1.0)
+            gate.open.set()
+            await asyncio.gather(*tasks)
+        return refused.value.retry_after_s
+
+    assert asyncio.run(main()) >= 1.0
+
+
+def test_work_that_cannot_meet_its_deadline_is_refused_on_arrival() -> None:
+    def slow(items: list[float]) -> list[float]:
+        time.sleep(0.2)
+        return items
+
+    async def main() -> list[BaseException | float]:
+        with batcher(slow, max_batch=1) as (made, observer):
+            await submit(made, 1.0)
+            waiting = [submit(made, 1.0) for _ in range(5)]
+            await queued(observer, 4)
+            with pytest.raises(QueueFullError):
+                await submit(made, 1.0, deadline=time.monotonic() + 0.1)
+            return list(await asyncio.gather(*waiting))
+
+    assert asyncio.run(main()) == [1.0] * 5
+
+
+def test_close_finishes_what_is_queued_and_refuses_the_rest() -> None:
+    async def main() -> list[float]:
+        made: Batcher[float, float] = Batcher(
+            lambda items: items, workers=2, limits=Limits(4, 100, 1000), observer=Observer()
+        )
+        tasks = [submit(made, 1.0) for _ in range(50)]
+        await asyncio.sleep(0)
+        await asyncio.to_thread(made.close, 10)
+        with pytest.raises(ClosedError):
+            await submit(made, 1.0)
+        return list(await asyncio.gather(*tasks))
+
+    assert asyncio.run(main()) == [1.0] * 50
+
+
+def test_close_answers_what_a_stuck_worker_keeps_waiting() -> None:
+    async def main() -> None:
+        gate = Gate()
+        made: Batcher[float, float] = Batcher(gate, workers=1, limits=Limits(1, 100, 1000), observer=Observer())
+        stuck = submit(made, 1.0)
+        await entered(gate)
+        waiting = submit(made, 1.0)
+        await asyncio.sleep(0)
+        await asyncio.to_thread(made.close, 0.1)
+        with pytest.raises(ClosedError):
+            await waiting
+        gate.open.set()
+        await stuck
+
+    asyncio.run(main())

@@ -1,0 +1,176 @@
+"""Fit what a draft bundle decides with: keyword thresholds, smoothing window, score calibration.
+
+Only the calibration fold is used: training speakers that the network never saw, none of `dev`. The
+draft is served and asked through HTTP, so that what is fitted is exactly what will be compared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from model_store import Calibration, Keyword, Manifest
+from model_store.store import open_bundle
+from training.errors import TrainingError
+from training.evaluation.client import ServiceClient, served
+from training.evaluation.recordings import as_recorded
+from training.evaluation.statistics import (
+    cllr,
+    equal_error_rate,
+    fit_calibration,
+    threshold_for_false_alarms,
+)
+from training.evaluation.tasks import clip_accuracy, plan_trials, run_trials
+from training.export import write_draft
+from training.manifest import CALIBRATION_FOLD, Clip, Data, Recording, read_data
+from training.recipe import Recipe
+
+WINDOWS_S = (0.6, 1.0, 1.6)
+# False alarms of one keyword an hour that the thresholds aim at.
+BUDGET_PER_HOUR = 1.0
+# Thresholds outside these bounds would be fitted to a handful of accidents.
+LOWEST_THRESHOLD, HIGHEST_THRESHOLD = 0.3, 0.9
+CANDIDATE_THRESHOLD = 0.1
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _SpeakerFit:
+    scale: float
+    offset: float
+    with_cohort: bool
+    note: str
+
+
+def calibrate(draft: Path, *, data_root: Path | None, say: Say) -> Manifest:
+    """Rewrite the manifest of the draft in place and return it. Raises TrainingError."""
+    manifest = open_bundle(draft).manifest
+    recipe = Recipe.model_validate(manifest.lineage.recipe)
+    data = read_data(
+        data_root or recipe.data.root, calibration_fraction=recipe.data.calibration_fraction, seed=recipe.seed
+    )
+    fold = data.split(CALIBRATION_FOLD)
+    if not fold:
+        raise TrainingError("the recipe sets no speakers aside (data.calibration_fraction is 0)")
+    manifest = _uncalibrated(manifest)
+    manifest = _with_window(manifest, _best_window(draft, manifest, fold, say))
+    with _serving(draft, manifest) as client:
+        thresholds = _thresholds(client, manifest, data, fold, say)
+        speaker = _fit_speakers(client, fold, say)
+    people = len({clip.speaker for clip in fold if clip.speaker})
+    source = f"{people} training speakers set aside (fold {CALIBRATION_FOLD!r}, seed {recipe.seed}), {len(fold)} clips"
+    keywords = manifest.keywords.model_copy(
+        update={
+            "labels": tuple(
+                Keyword(label=entry.label, threshold=thresholds[entry.label], typical_s=entry.typical_s)
+                for entry in manifest.keywords.labels
+            ),
+            "thresholds_from": f"{BUDGET_PER_HOUR:g} false alarm an hour and keyword on {source}",
+        }
+    )
+    calibrated = manifest.speaker.model_copy(
+        update={
+            "calibration": Calibration(
+                scale=speaker.scale, offset=speaker.offset, fitted_on=f"{source}: {speaker.note}"
+            ),
+            "cohort_file": manifest.speaker.cohort_file if speaker.with_cohort else None,
+        }
+    )
+    manifest = manifest.model_copy(update={"keywords": keywords, "speaker": calibrated})
+    _write(draft, manifest)
+    return manifest
+
+
+def _uncalibrated(manifest: Manifest) -> Manifest:
+    """Scores as they come: raw normalised scores, so that fitting twice gives the same."""
+    cohort = "cohort.f32" if "cohort.f32" in manifest.files else None
+    raw = Calibration(scale=1.0, offset=0.0, fitted_on="nothing")
+    speaker = manifest.speaker.model_copy(update={"calibration": raw, "cohort_file": cohort, "threshold": 0.0})
+    return manifest.model_copy(update={"speaker": speaker})
+
+
+def _best_window(draft: Path, manifest: Manifest, fold: list[Clip], say: Say) -> float:
+    """The smoothing window with the highest clip accuracy, each corpus weighing the same."""
+    clips = [clip for clip in fold if clip.keyword and "sentence" not in clip.key]
+    best, best_accuracy = WINDOWS_S[0], -1.0
+    for window_s in WINDOWS_S:
+        with _serving(draft, _with_window(manifest, window_s)) as client:
+            accuracy = clip_accuracy(client, clips)
+        mean = float(np.mean([rate.value for rate in accuracy.by_corpus.values()]))
+        each = ", ".join(f"{name} {rate.value:.3f}" for name, rate in accuracy.by_corpus.items())
+        say(f"window {window_s} s: mean accuracy {mean:.4f} ({each})")
+        if mean > best_accuracy + 1e-9:
+            best, best_accuracy = window_s, mean
+    return best
+
+
+def _thresholds(client: ServiceClient, manifest: Manifest, data: Data, fold: list[Clip], say: Say) -> dict[str, float]:
+    """For each keyword the lowest threshold that keeps to the budget on the fold's other speech and on the
+    training noises, within bounds."""
+    noises = [noise for noise in data.noises if noise.split == "train"]
+    audio: list[Clip | Recording] = [*fold, *noises]
+    answers = client.each(
+        lambda item: client.detect(as_recorded(item), threshold=CANDIDATE_THRESHOLD, top_k=0)["detections"], audio
+    )
+    alarms: dict[str, list[float]] = defaultdict(list)
+    for item, events in zip(audio, answers, strict=True):
+        said = f" {item.keyword} {item.transcript} ".lower() if isinstance(item, Clip) else ""
+        for event in events:
+            if f" {event['keyword'].split(':', 1)[1]} " not in said:
+                alarms[event["keyword"]].append(event["score"])
+    hours = sum(item.duration_s for item in audio) / 3600
+    allowed = int(BUDGET_PER_HOUR * hours)
+    found = {}
+    for entry in manifest.keywords.labels:
+        wanted = threshold_for_false_alarms(np.array(alarms[entry.label]), allowed)
+        # Up to the next thousandth: rounding down would let an alarm over the budget through.
+        found[entry.label] = min(max(math.ceil(wanted * 1000) / 1000, LOWEST_THRESHOLD), HIGHEST_THRESHOLD)
+    raised = sum(value > LOWEST_THRESHOLD for value in found.values())
+    say(f"thresholds: {hours:.2f} h of other audio, {allowed} alarms allowed, {raised} above {LOWEST_THRESHOLD}")
+    return found
+
+
+def _fit_speakers(client: ServiceClient, fold: list[Clip], say: Say) -> _SpeakerFit:
+    """Calibrate both the cohort-normalised score and the plain cosine; keep what costs less (Cllr)."""
+    plans = plan_trials(fold, least_speakers=2)
+    if not plans:
+        raise TrainingError("no corpus has two set-aside speakers with more than six clips: nothing to calibrate on")
+    for plan in plans:
+        run_trials(client, plan)
+    fits = []
+    for with_cohort in (True, False):
+        parts = [plan.split(plan.llr if with_cohort else plan.cosine) for plan in plans]
+        targets = np.concatenate([part[0] for part in parts])
+        impostors = np.concatenate([part[1] for part in parts])
+        scale, offset = fit_calibration(targets, impostors)
+        cost = cllr(scale * targets + offset, scale * impostors + offset)
+        eer = equal_error_rate(targets, impostors)
+        kind = "cohort-normalised" if with_cohort else "cosine"
+        note = f"{kind}, {len(targets)} target and {len(impostors)} impostor trials, EER {eer:.4f}, Cllr {cost:.4f}"
+        say(note)
+        if scale > 0:
+            fits.append((cost, _SpeakerFit(scale, offset, with_cohort, note)))
+    if not fits:
+        raise TrainingError("impostors score higher than the speakers themselves: this network tells nobody apart")
+    return min(fits, key=lambda fit: fit[0])[1]
+
+
+def _with_window(manifest: Manifest, window_s: float) -> Manifest:
+    keywords = manifest.keywords.model_copy(update={"window_s": window_s})
+    return manifest.model_copy(update={"keywords": keywords})
+
+
+def _serving(draft: Path, manifest: Manifest) -> AbstractContextManager[ServiceClient]:
+    _write(draft, manifest)
+    return served(draft)
+
+
+def _write(draft: Path, manifest: Manifest) -> None:
+    write_draft(draft, manifest, {})

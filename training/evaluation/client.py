@@ -1,0 +1,161 @@
+"""A service to measure: one that runs already, or a bundle served for the occasion."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+
+from model_store import LocalStore
+from model_store.store import open_bundle
+from training.errors import MeasurementError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+START_TIMEOUT_S = 60.0
+CONCURRENCY = 4
+RETRIES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """One clip to send."""
+
+    data: bytes
+    content_type: str = "audio/ogg"
+
+
+class ServiceClient:
+    """Talks to one service; safe from several threads."""
+
+    def __init__(self, url: str, api_key: str | None = None) -> None:
+        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        self.url = url.rstrip("/")
+        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=60.0)
+
+    def close(self) -> None:
+        self._http.close()
+
+    def model(self) -> dict[str, Any]:
+        """Name and version that answer by default."""
+        found: dict[str, Any] = self._json(self._http.get("/v1/models"))["default"]
+        return found
+
+    def keywords(self) -> list[str]:
+        """All labels."""
+        return [entry["keyword"] for entry in self._json(self._http.get("/v1/keywords"))["keywords"]]
+
+    def detect(self, upload: Upload, **query: Any) -> dict[str, Any]:
+        """The answer of /v1/keywords/detect."""
+        return self._json(self._post("/v1/keywords/detect", upload, query))
+
+    def enrol(self, speaker_id: str, uploads: Sequence[Upload]) -> dict[str, Any]:
+        """The answer of enrollments, all clips in one request."""
+        files = [("audio", (f"{index}", upload.data, upload.content_type)) for index, upload in enumerate(uploads)]
+        return self._json(self._http.post(f"/v1/speakers/{speaker_id}/enrollments", files=files))
+
+    def verify(self, speaker_id: str, upload: Upload) -> dict[str, Any] | None:
+        """The answer of verify, or None where the service finds no speech in the clip."""
+        response = self._post(f"/v1/speakers/{speaker_id}/verify", upload, {})
+        if response.status_code == httpx.codes.UNPROCESSABLE_ENTITY and response.json()["code"] == "no_speech":
+            return None
+        return self._json(response)
+
+    def delete(self, speaker_id: str) -> None:
+        """Remove the speaker; fine where there is none."""
+        response = self._http.delete(f"/v1/speakers/{speaker_id}")
+        if response.status_code != httpx.codes.NOT_FOUND:
+            self._checked(response)
+
+    def each(self, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+        """Apply `work` to all items, a few at a time, results in order."""
+        with ThreadPoolExecutor(CONCURRENCY) as pool:
+            return list(pool.map(work, items))
+
+    def _post(self, path: str, upload: Upload, query: dict[str, Any]) -> httpx.Response:
+        for attempt in range(RETRIES):
+            headers = {"Content-Type": upload.content_type}
+            response = self._http.post(path, content=upload.data, headers=headers, params=query)
+            if response.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                return response
+            time.sleep(float(response.headers.get("Retry-After", 1)) * (attempt + 1))
+        return response
+
+    def _json(self, response: httpx.Response) -> dict[str, Any]:
+        self._checked(response)
+        body: dict[str, Any] = response.json()
+        return body
+
+    def _checked(self, response: httpx.Response) -> None:
+        if not response.is_success:
+            raise MeasurementError(f"{response.request.method} {response.request.url}: {response.text[:300]}")
+
+
+@contextmanager
+def served(bundle: Path) -> Iterator[ServiceClient]:
+    """Serve the bundle in `bundle` (published or draft) from a store of its own, with empty profiles.
+
+    Raises MeasurementError when the service does not come up.
+    """
+    work = Path(tempfile.mkdtemp(prefix="sotto-evaluate-"))
+    try:
+        found = open_bundle(bundle)
+        store = LocalStore(work / "store")
+        store.publish(found.manifest, {name: found.read(name) for name in found.manifest.files})
+        port = free_port()
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("SOTTO_")}
+        environment |= {
+            "SOTTO_PORT": str(port),
+            "SOTTO_DATA_DIR": str(work / "data"),
+            "SOTTO_MODELS_DIR": str(store.root),
+            "SOTTO_MODEL": found.manifest.name,
+            "SOTTO_LOG_LEVEL": "warning",
+            "SOTTO_REQUEST_TIMEOUT_S": "60",
+        }
+        command = [str(Path(sys.executable).with_name("sotto")), "serve"]
+        with (work / "log").open("w") as log:
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            client = ServiceClient(f"http://127.0.0.1:{port}")
+            _wait_until_ready(client, process, work / "log")
+            yield client
+            client.close()
+        finally:
+            process.terminate()
+            process.wait(30)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _wait_until_ready(client: ServiceClient, process: subprocess.Popen[bytes], log: Path) -> None:
+    end = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            break
+        try:
+            if httpx.get(f"{client.url}/readyz").is_success:
+                return
+        except httpx.TransportError:
+            time.sleep(0.1)
+    raise MeasurementError(f"the service did not become ready:\n{log.read_text()[-2000:]}")

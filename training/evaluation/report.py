@@ -1,0 +1,188 @@
+"""Run the rows that were asked for, and say them as a table and as figures for the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+
+from model_store import Bundle, Metric
+from training.errors import MeasurementError
+from training.evaluation.client import ServiceClient
+from training.evaluation.latency import latency_ms
+from training.evaluation.peers import resemblyzer_scores
+from training.evaluation.statistics import Rate
+from training.evaluation.tasks import (
+    COMMAND_CORPORA,
+    Trials,
+    Verification,
+    clip_accuracy,
+    plan_trials,
+    run_trials,
+    spot_misses,
+    verification,
+    wake_misses,
+)
+from training.manifest import Data
+
+ROWS = ("asc", "commands", "wake", "spot", "sv", "latency")
+WAKE_SNR_DB = 10.0
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One number; `value` in percent or as `unit` says."""
+
+    name: str
+    value: float
+    unit: str
+    detail: str = ""
+
+
+@dataclass(slots=True)
+class Report:
+    """All figures of one evaluation."""
+
+    model: str
+    split: str
+    command: str
+    figures: list[Figure] = field(default_factory=list)
+
+    def table(self) -> Table:
+        table = Table(title=f"{self.model} on {self.split}")
+        table.add_column("what", no_wrap=True)
+        table.add_column("figure", justify="right", no_wrap=True)
+        table.add_column("detail")
+        for figure in self.figures:
+            table.add_row(figure.name, f"{figure.value:.2f} {figure.unit}", figure.detail)
+        return table
+
+    def metrics(self, data: str) -> tuple[Metric, ...]:
+        """For the bundle's manifest."""
+        return tuple(
+            Metric(name=figure.name, value=round(figure.value, 4), unit=figure.unit, data=data, command=self.command)
+            for figure in self.figures
+            if np.isfinite(figure.value)
+        )
+
+
+def evaluate(
+    client: ServiceClient,
+    data: Data,
+    *,
+    split: str,
+    rows: Sequence[str],
+    bundle: Bundle | None,
+    peers_python: Path,
+    command: str,
+    say: Say,
+) -> Report:
+    """Measure `rows` of ROWS through `client`. Raises MeasurementError."""
+    model = client.model()
+    report = Report(f"{model['name']}@{model['version']}", split, command)
+    clips = data.split(split)
+    for row in rows:
+        say(f"measuring {row}")
+        if row == "asc":
+            report.figures += _accuracy("asc", client, [clip for clip in clips if clip.corpus == "asc"])
+        elif row == "commands":
+            report.figures += _accuracy("commands", client, [clip for clip in clips if clip.corpus in COMMAND_CORPORA])
+        elif row == "wake":
+            report.figures += _wake(client, data, split)
+        elif row == "spot":
+            report.figures += _spot(client, data, split)
+        elif row == "sv":
+            report.figures += _speakers(client, data, split, peers_python, say)
+        elif row == "latency":
+            report.figures += _latency(bundle)
+        else:
+            raise MeasurementError(f"no row {row!r}; there are {', '.join(ROWS)}")
+    return report
+
+
+def _accuracy(name: str, client: ServiceClient, clips: Sequence[object]) -> list[Figure]:
+    found = clip_accuracy(client, clips)  # type: ignore[arg-type]
+    figures = [_share(f"{name} top-1", found.overall)]
+    if len(found.by_corpus) > 1:
+        figures += [_share(f"{name} top-1, {corpus}", rate) for corpus, rate in found.by_corpus.items()]
+    people = sorted(rate.value for speaker, rate in found.by_speaker.items() if speaker != "?" and rate.total >= 5)
+    if people:
+        worst = ", ".join(f"{said} as {heard} ({count})" for said, heard, count in found.confusions[:3])
+        detail = f"{len(people)} people, median {np.median(people) * 100:.1f}, best {people[-1] * 100:.1f}; "
+        detail += f"most confused: {worst}"
+        figures.append(Figure(f"{name} top-1, worst speaker", people[0] * 100, "%", detail))
+    return figures
+
+
+def _wake(client: ServiceClient, data: Data, split: str) -> list[Figure]:
+    figures = []
+    for label, snr_db in (("clean", None), (f"{WAKE_SNR_DB:g} dB", WAKE_SNR_DB)):
+        for per_hour in (1.0, 0.5):
+            found = wake_misses(client, data, split, per_hour=per_hour, snr_db=snr_db)
+            words = ", ".join(f"{word} {rate.value * 100:.1f}" for word, rate in found.by_word.items())
+            detail = f"{_interval(found.misses)}; {found.negative_hours:.2f} h of other audio; {words}"
+            figures.append(Figure(f"wake miss at {per_hour:g}/h, {label}", found.misses.value * 100, "%", detail))
+    return figures
+
+
+def _spot(client: ServiceClient, data: Data, split: str) -> list[Figure]:
+    found = spot_misses(client, data.split(split))
+    words = ", ".join(f"{word} {rate.value * 100:.1f}" for word, rate in found.by_word.items())
+    return [
+        _share("spot miss", found.misses, words),
+        Figure("spot false alarms", found.false_alarms_per_hour, "/h", "of the five words, in the same sentences"),
+    ]
+
+
+def _speakers(client: ServiceClient, data: Data, split: str, peers_python: Path, say: Say) -> list[Figure]:
+    plans = plan_trials(data.split(split))
+    for plan in plans:
+        say(f"  {plan.corpus}: {len(plan.speakers)} speakers, {len(plan.tests)} tests")
+        run_trials(client, plan)
+    figures = _verification("sv", plans, verification(plans, [plan.llr for plan in plans]), calibrated=True)
+    plain = verification(plans, [plan.cosine for plan in plans])
+    figures += _verification("sv, cosine", plans, plain, calibrated=False)[:1]
+    refused = sum(plan.refused_clips for plan in plans)
+    figures.append(Figure("sv enrolment clips refused", refused, "clips", "of genuine speakers"))
+    try:
+        peer = resemblyzer_scores(plans, peers_python)
+    except MeasurementError as error:
+        say(f"  Resemblyzer not measured: {error}")
+        return figures
+    return figures + _verification("sv, Resemblyzer", plans, verification(plans, peer), calibrated=False)
+
+
+def _verification(name: str, plans: Sequence[Trials], found: Verification, *, calibrated: bool) -> list[Figure]:
+    trials = f"{found.targets} target and {found.impostors} impostor trials, {len(plans)} corpora"
+    figures = [Figure(f"{name} EER", found.eer * 100, "%", trials)]
+    figures += [Figure(f"{name} EER, {corpus}", eer * 100, "%") for corpus, eer in found.eer_by_corpus.items()]
+    figures.append(Figure(f"{name} minDCF(0.01)", found.min_dcf, ""))
+    if calibrated:
+        figures.append(Figure(f"{name} Cllr", found.cllr, "bit"))
+        figures.append(_share(f"{name} false rejects at 0", found.false_rejects))
+        figures.append(_share(f"{name} false accepts at 0", found.false_accepts))
+    return figures
+
+
+def _latency(bundle: Bundle | None) -> list[Figure]:
+    if bundle is None:
+        raise MeasurementError("latency needs the bundle itself: give it beside --url, or leave the row out")
+    return [
+        Figure("one second of audio, one thread", latency_ms(bundle, 1), "ms", "ONNX Runtime, median of 300 runs"),
+        Figure("parameters", bundle.manifest.graph.parameters / 1e6, "M", "no training-only heads are in the graph"),
+        Figure("graph file", bundle.manifest.files[bundle.manifest.graph.file].size / 1e6, "MB"),
+    ]
+
+
+def _share(name: str, rate: Rate, detail: str = "") -> Figure:
+    return Figure(name, rate.value * 100, "%", "; ".join(part for part in (_interval(rate), detail) if part))
+
+
+def _interval(rate: Rate) -> str:
+    low, high = rate.interval
+    return f"95 % interval {low * 100:.1f} to {high * 100:.1f}, n = {rate.total}"

@@ -1,0 +1,273 @@
+"""The recognition rows of the design's `measuring.md`, each measured through HTTP."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from training.errors import MeasurementError
+from training.evaluation.client import ServiceClient, Upload
+from training.evaluation.recordings import as_recorded, with_noise
+from training.evaluation.statistics import Rate, cllr, equal_error_rate, minimum_dcf, threshold_for_false_alarms
+from training.manifest import Clip, Data, Recording
+
+WAKE_CORPUS = "pvwake"
+SPOT_CORPUS = "wuw2"
+COMMAND_CORPORA = ("gsc", "fsdd", "dsp20")
+ENROL_CLIPS = 6
+# Each speaker counts by at most this many tests, lest one person with 250 calls outvote all others.
+MOST_TESTS_PER_SPEAKER = 60
+LEAST_SPEAKERS = 4
+SPOT_TOLERANCE_S = 0.5
+# Scores below this never matter at one false alarm an hour.
+CANDIDATE_THRESHOLD = 0.05
+
+Sender = Callable[[Clip | Recording], Upload]
+
+
+@dataclass(frozen=True, slots=True)
+class ClipAccuracy:
+    """Top-1 over all labels of the model."""
+
+    overall: Rate
+    by_corpus: dict[str, Rate]
+    by_speaker: dict[str, Rate]
+    confusions: list[tuple[str, str, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class WakeMisses:
+    """Misses where each word has the threshold that gives the stated false alarms an hour."""
+
+    misses: Rate
+    by_word: dict[str, Rate]
+    negative_hours: float
+    false_alarms_per_hour: float
+
+
+@dataclass(frozen=True, slots=True)
+class SpotMisses:
+    """At the thresholds that ship: misses, and false alarms of these words in the same sentences."""
+
+    misses: Rate
+    by_word: dict[str, Rate]
+    false_alarms_per_hour: float
+
+
+@dataclass(slots=True)
+class Trials:
+    """Verification scores of one corpus, and the recordings behind them for a peer to score."""
+
+    corpus: str
+    enrolments: dict[str, list[Clip]] = field(default_factory=dict)
+    tests: list[tuple[str, Clip]] = field(default_factory=list)
+    refused_clips: int = 0
+    # Row: test. Column: claimed speaker, in the order of `speakers`.
+    llr: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
+    cosine: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
+
+    @property
+    def speakers(self) -> list[str]:
+        return sorted(self.enrolments)
+
+    def split(self, scores: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """(target, impostor) scores of a matrix shaped like `llr`."""
+        own = np.array([[speaker == name for name in self.speakers] for speaker, _ in self.tests])
+        return scores[own], scores[~own]
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """Error rates over the trials of several corpora; impostors come from the same corpus only."""
+
+    eer: float
+    eer_by_corpus: dict[str, float]
+    min_dcf: float
+    cllr: float
+    targets: int
+    impostors: int
+    false_rejects: Rate
+    false_accepts: Rate
+
+
+def clip_accuracy(client: ServiceClient, clips: Sequence[Clip], send: Sender = as_recorded) -> ClipAccuracy:
+    """Rank every clip of the clips that are one keyword."""
+    known = set(client.keywords())
+    clips = [clip for clip in clips if clip.label in known]
+    answers = client.each(lambda clip: client.detect(send(clip), top_k=1)["top"][0]["keyword"], clips)
+    by_corpus: dict[str, list[bool]] = defaultdict(list)
+    by_speaker: dict[str, list[bool]] = defaultdict(list)
+    confusions: dict[tuple[str, str], int] = defaultdict(int)
+    for clip, heard in zip(clips, answers, strict=True):
+        right = heard == clip.label
+        by_corpus[clip.corpus].append(right)
+        by_speaker[clip.speaker or "?"].append(right)
+        if not right:
+            confusions[clip.label, heard] += 1
+    worst = sorted(confusions.items(), key=lambda item: -item[1])[:10]
+    return ClipAccuracy(
+        overall=_rate([right for rights in by_corpus.values() for right in rights]),
+        by_corpus={name: _rate(rights) for name, rights in sorted(by_corpus.items())},
+        by_speaker={name: _rate(rights) for name, rights in sorted(by_speaker.items())},
+        confusions=[(said, heard, count) for (said, heard), count in worst],
+    )
+
+
+def wake_misses(
+    client: ServiceClient, data: Data, split: str, *, per_hour: float, snr_db: float | None = None
+) -> WakeMisses:
+    """Miss rate of the wake words at `per_hour` false alarms of each word, on all other audio of the split.
+
+    With `snr_db`, both the words and the other speech are mixed with the split's noises.
+    """
+    noises = [noise for noise in data.noises if noise.split == split]
+    clips = data.split(split)
+    words = sorted({clip.label for clip in clips if clip.corpus == WAKE_CORPUS and clip.keyword})
+
+    def send(item: Clip | Recording) -> Upload:
+        if snr_db is None or isinstance(item, Recording):
+            return as_recorded(item)
+        return with_noise(item, noises, snr_db)
+
+    def events(item: Clip | Recording) -> dict[str, list[float]]:
+        answer = client.detect(send(item), keywords=words, threshold=CANDIDATE_THRESHOLD, top_k=0)
+        found: dict[str, list[float]] = defaultdict(list)
+        for event in answer["detections"]:
+            found[event["keyword"]].append(event["score"])
+        return found
+
+    audio: list[Clip | Recording] = [*clips, *noises]
+    heard = client.each(events, audio)
+    by_word: dict[str, Rate] = {}
+    hours = 0.0
+    for word in words:
+        alarms: list[float] = []
+        hits: list[float] = []
+        seconds = 0.0
+        for item, found in zip(audio, heard, strict=True):
+            scores = found.get(word, [])
+            if isinstance(item, Clip) and item.corpus == WAKE_CORPUS and item.label == word:
+                hits.append(max(scores, default=0.0))
+            elif not (isinstance(item, Clip) and _holds(item, word)):
+                alarms.extend(scores)
+                seconds += item.duration_s
+        hours = seconds / 3600
+        threshold = max(threshold_for_false_alarms(np.array(alarms), int(per_hour * hours)), float(CANDIDATE_THRESHOLD))
+        by_word[word] = _rate([score < threshold for score in hits])
+    misses = Rate(sum(rate.hits for rate in by_word.values()), sum(rate.total for rate in by_word.values()))
+    return WakeMisses(misses, by_word, hours, per_hour)
+
+
+def spot_misses(client: ServiceClient, clips: Sequence[Clip]) -> SpotMisses:
+    """Words inside telephone sentences, found at the thresholds that ship."""
+    sentences = [
+        clip
+        for clip in clips
+        if clip.corpus == SPOT_CORPUS and clip.keyword and "sentence" in clip.key and clip.word_start_s is not None
+    ]
+    words = sorted({clip.label for clip in sentences})
+    answers = client.each(lambda clip: client.detect(as_recorded(clip), keywords=words)["detections"], sentences)
+    missed: dict[str, list[bool]] = defaultdict(list)
+    alarms = 0
+    for clip, found in zip(sentences, answers, strict=True):
+        right = [event for event in found if event["keyword"] == clip.label and _near(event, clip)]
+        missed[clip.label].append(not right)
+        alarms += len(found) - len(right)
+    hours = sum(clip.duration_s for clip in sentences) / 3600
+    return SpotMisses(
+        misses=_rate([miss for misses in missed.values() for miss in misses]),
+        by_word={word: _rate(misses) for word, misses in sorted(missed.items())},
+        false_alarms_per_hour=alarms / hours if hours else 0.0,
+    )
+
+
+def plan_trials(clips: Sequence[Clip], *, least_speakers: int = LEAST_SPEAKERS) -> list[Trials]:
+    """For each corpus with enough speakers: six enrolment clips a speaker, the others are tests.
+
+    Which clips enrol is decided by a hash of their path, so words and sessions are mixed and the choice
+    never changes.
+    """
+    by_corpus: dict[str, dict[str, list[Clip]]] = defaultdict(lambda: defaultdict(list))
+    for clip in clips:
+        if clip.speaker:
+            by_corpus[clip.corpus][clip.speaker].append(clip)
+    plans = []
+    for corpus, speakers in sorted(by_corpus.items()):
+        enough = {name: own for name, own in speakers.items() if len(own) > ENROL_CLIPS}
+        if len(enough) < least_speakers:
+            continue
+        trials = Trials(corpus)
+        for name, own in sorted(enough.items()):
+            ordered = sorted(own, key=lambda clip: hashlib.sha256(clip.key.encode()).digest())
+            trials.enrolments[name] = ordered[:ENROL_CLIPS]
+            trials.tests += [(name, clip) for clip in ordered[ENROL_CLIPS:][:MOST_TESTS_PER_SPEAKER]]
+        plans.append(trials)
+    return plans
+
+
+def run_trials(client: ServiceClient, trials: Trials, send: Sender = as_recorded) -> None:
+    """Enrol every speaker, verify every test against everyone, delete the speakers; fills `trials`.
+
+    A test in which the service hears no speech scores as low as can be: it would be turned away.
+    Raises MeasurementError where a speaker cannot be enrolled from their six clips.
+    """
+    ids = {name: f"evaluation-{trials.corpus}-{name}" for name in trials.speakers}
+    try:
+        for name, speaker_id in ids.items():
+            client.delete(speaker_id)
+            answer = client.enrol(speaker_id, [send(clip) for clip in trials.enrolments[name]])
+            trials.refused_clips += sum(not clip["accepted"] for clip in answer["clips"])
+            if answer["status"] != "enrolled":
+                raise MeasurementError(f"{name}: six clips do not complete the profile: {answer}")
+
+        def row(test: tuple[str, Clip]) -> list[tuple[float, float]]:
+            upload = send(test[1])
+            answers = [client.verify(ids[name], upload) for name in trials.speakers]
+            return [(-50.0, -1.0) if one is None else (one["score"], one["cosine"]) for one in answers]
+
+        scores = np.array(client.each(row, trials.tests), dtype=np.float64)
+        trials.llr, trials.cosine = scores[:, :, 0], scores[:, :, 1]
+    finally:
+        for speaker_id in ids.values():
+            client.delete(speaker_id)
+
+
+def verification(plans: Sequence[Trials], matrices: Sequence[npt.NDArray[np.float64]]) -> Verification:
+    """Pool the trials of all corpora; `matrices` are scores shaped like each plan's `llr`."""
+    parts = [plan.split(matrix) for plan, matrix in zip(plans, matrices, strict=True)]
+    targets = np.concatenate([part[0] for part in parts])
+    impostors = np.concatenate([part[1] for part in parts])
+    return Verification(
+        eer=equal_error_rate(targets, impostors),
+        eer_by_corpus={plan.corpus: equal_error_rate(*part) for plan, part in zip(plans, parts, strict=True)},
+        min_dcf=minimum_dcf(targets, impostors),
+        cllr=cllr(targets, impostors),
+        targets=len(targets),
+        impostors=len(impostors),
+        false_rejects=_rate(list(targets < 0)),
+        false_accepts=_rate(list(impostors >= 0)),
+    )
+
+
+def _holds(clip: Clip, word: str) -> bool:
+    """Whether the word is said somewhere in a clip that is not one of its own."""
+    language, text = word.split(":", 1)
+    if clip.language != language and clip.corpus != "precise":
+        return False
+    said = f" {clip.keyword} {clip.transcript} ".lower()
+    return f" {text} " in said
+
+
+def _near(event: dict[str, float], clip: Clip) -> bool:
+    centre_s = (event["start_s"] + event["end_s"]) / 2
+    start_s, end_s = clip.word_start_s or 0.0, clip.word_end_s or 0.0
+    return start_s - SPOT_TOLERANCE_S <= centre_s <= end_s + SPOT_TOLERANCE_S
+
+
+def _rate(outcomes: Sequence[bool | np.bool_]) -> Rate:
+    return Rate(int(sum(map(bool, outcomes))), len(outcomes))
