@@ -31,7 +31,10 @@ def serve() -> None:
             name = "SOTTO_" + "_".join(map(str, fault["loc"])).upper() if fault["loc"] else "settings"
             typer.echo(f"error: {name}: {fault['msg'].removeprefix('Value error, ')}", err=True)
         raise typer.Exit(2) from error
-    except (StoreError, ServiceError) as error:
+    except StoreError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    except ServiceError as error:
         cause = f" ({str(error.__cause__).splitlines()[0]})" if error.__cause__ else ""
         typer.echo(f"error: {error}{cause}", err=True)
         raise typer.Exit(1) from error

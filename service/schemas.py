@@ -83,7 +83,7 @@ class EnrolAnswer(_Answer):
     clips: list[EnrolmentClip]
 
 
-class VerifyAnswer(_Answer):
+class Claim(_Answer):
     """`score` is a log-likelihood ratio in nats; accepted where it reaches `threshold`."""
 
     speaker_id: str
@@ -92,6 +92,11 @@ class VerifyAnswer(_Answer):
     probability: float
     threshold: float
     cosine: float
+
+
+class VerifyAnswer(Claim):
+    """The claim, and how much voice it rests on."""
+
     speech_s: float
     snr_db: float
     model: ModelInfo
@@ -143,24 +148,13 @@ class KeywordsPart(_Answer):
     top: list[RankedKeyword]
 
 
-class SpeakerPart(_Answer):
-    """As in verify."""
-
-    speaker_id: str
-    accepted: bool
-    score: float
-    probability: float
-    threshold: float
-    cosine: float
-
-
 class AnalyzedSpeaker(_Answer):
     """The voice in the clip: its embedding and quality, and the claim where one was made."""
 
     embedding: list[float]
     speech_s: float
     snr_db: float
-    verification: SpeakerPart | None = None
+    verification: Claim | None = None
 
 
 class AnalyzedEmbedding(_Answer):

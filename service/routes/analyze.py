@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query, Request, Response
 
 from service.audio import SAMPLE_RATE_HZ, Waveform
-from service.engine import Engine, Outputs
+from service.engine import Engine
 from service.errors import (
     InvalidRequestError,
     InvalidSamplesError,
@@ -29,7 +29,7 @@ from service.routes.common import (
     runtime_of,
 )
 from service.routes.keywords import KeywordsParameter, ThresholdParameter, TopParameter, allowed_labels, spot
-from service.routes.speakers import ready_profile, score_against
+from service.routes.speakers import decide, ready_profile, score_against
 from service.runtime import Runtime
 from service.schemas import (
     AnalyzeAnswer,
@@ -37,9 +37,7 @@ from service.schemas import (
     AnalyzedSpeaker,
     DetectionInfo,
     KeywordsPart,
-    SpeakerPart,
 )
-from service.speakers import scoring
 from service.speakers.store import Profile
 from service.speech import measure
 from service.timing import StageClock
@@ -138,26 +136,11 @@ async def analyze(
             embedding=outputs.speaker_embedding.tolist(),
             speech_s=round(quality.speech_s, 3),
             snr_db=round(quality.snr_db, 1),
-            verification=None if profile is None else _verification(runtime, engine, profile, outputs),
+            verification=None if profile is None else decide(runtime, engine, profile, outputs),
         )
     if "embedding" in tasks:
         parts["embedding"] = AnalyzedEmbedding(dim=engine.manifest.embedding.dim, embedding=outputs.embedding.tolist())
     return Response(body.model_copy(update=parts).model_dump_json(exclude_none=True), media_type="application/json")
-
-
-def _verification(runtime: Runtime, engine: Engine, profile: Profile, outputs: Outputs) -> SpeakerPart:
-    claimed = score_against(engine, profile, outputs)
-    threshold = engine.manifest.speaker.threshold
-    accepted = claimed.llr >= threshold
-    runtime.metrics.verifications.labels("accepted" if accepted else "rejected").inc()
-    return SpeakerPart(
-        speaker_id=profile.speaker_id,
-        accepted=accepted,
-        score=round(claimed.llr, 4),
-        probability=round(scoring.probability(claimed.llr, runtime.settings.prior), 6),
-        threshold=threshold,
-        cosine=round(claimed.cosine, 5),
-    )
 
 
 async def _with_speaker(

@@ -6,7 +6,7 @@ import asyncio
 
 from fastapi import APIRouter, Request, Response
 
-from model_store import BundleError
+from model_store import BundleError, StoreError
 from service.errors import NotFoundError
 from service.routes.common import Infers, answer, model_info, problems, runtime_of
 from service.runtime import Runtime
@@ -90,4 +90,9 @@ def _describe(runtime: Runtime, name: str) -> ModelAnswer:
                 metrics=[metric.model_dump() for metric in manifest.metrics],
             )
         )
-    return ModelAnswer(name=name, aliases=runtime.store.aliases(name), versions=versions)
+    try:
+        aliases = runtime.store.aliases(name)
+    except StoreError:
+        # Likewise a broken alias: the versions can still be named by number.
+        aliases = {}
+    return ModelAnswer(name=name, aliases=aliases, versions=versions)

@@ -35,7 +35,7 @@ from service.routes.common import (
     runtime_of,
 )
 from service.runtime import Runtime
-from service.schemas import EnrolAnswer, EnrolmentClip, ModelInfo, SpeakerAnswer, SpeakersAnswer, VerifyAnswer
+from service.schemas import Claim, EnrolAnswer, EnrolmentClip, ModelInfo, SpeakerAnswer, SpeakersAnswer, VerifyAnswer
 from service.speakers import scoring
 from service.speakers.enrolment import Candidate, judge
 from service.speakers.store import Enrolment, Profile
@@ -162,17 +162,10 @@ async def verify(request: Request, caller: Infers, speaker_id: SpeakerId, model:
     (clip,) = await receive_clips(request, runtime.settings, clock, deadline, at_most=1)
     outputs, quality = await _voice(runtime, clip, clock, deadline)
     with clock.stage("postprocess"):
-        claimed = score_against(engine, profile, outputs)
-        accepted = claimed.llr >= engine.manifest.speaker.threshold
-        runtime.metrics.verifications.labels("accepted" if accepted else "rejected").inc()
+        claim = decide(runtime, engine, profile, outputs)
     return answer(
         VerifyAnswer(
-            speaker_id=speaker_id,
-            accepted=accepted,
-            score=round(claimed.llr, 4),
-            probability=round(scoring.probability(claimed.llr, runtime.settings.prior), 6),
-            threshold=engine.manifest.speaker.threshold,
-            cosine=round(claimed.cosine, 5),
+            **claim.model_dump(),
             speech_s=round(quality.speech_s, 3),
             snr_db=round(quality.snr_db, 1),
             model=model_info(engine),
@@ -260,6 +253,22 @@ async def ready_profile(runtime: Runtime, engine: Engine, tenant: str, speaker_i
             f"{profile.speech_s:.2f} s of speech enrolled, {required_s:.2f} s required; add clips"
         )
     return profile
+
+
+def decide(runtime: Runtime, engine: Engine, profile: Profile, outputs: Outputs) -> Claim:
+    """Whether the clip's voice is the profile's, counted in the metrics."""
+    claimed = score_against(engine, profile, outputs)
+    threshold = engine.manifest.speaker.threshold
+    accepted = claimed.llr >= threshold
+    runtime.metrics.verifications.labels("accepted" if accepted else "rejected").inc()
+    return Claim(
+        speaker_id=profile.speaker_id,
+        accepted=accepted,
+        score=round(claimed.llr, 4),
+        probability=round(scoring.probability(claimed.llr, runtime.settings.prior), 6),
+        threshold=threshold,
+        cosine=round(claimed.cosine, 5),
+    )
 
 
 def score_against(engine: Engine, profile: Profile, outputs: Outputs) -> scoring.Score:
