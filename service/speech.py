@@ -23,6 +23,8 @@ LEAST_MODULATION_DB = 2.5
 # Speech begins this fraction of the way from floor to peak; unvoiced sounds next to it are bridged.
 ONSET_FRACTION = 0.35
 BRIDGE_FRAMES = 15
+# Weak onsets and endings lie below the line; as voice detectors do, count this much beside what is above it.
+HANGOVER_FRAMES = 10
 CLIPPED_AT = 0.999
 
 
@@ -50,7 +52,8 @@ def measure(waveform: Waveform) -> SpeechQuality:
     # What lies under the speech is noise too; a clip cut to its word shows the floor only in its dips.
     noise = max(min(rest, 10 ** (floor / 10)), 1e-10)
     snr_db = float(10 * np.log10(max(speech - noise, 1e-12) / noise))
-    return SpeechQuality(float(active.sum()) * FRAME_S, min(snr_db, 60.0), clipped)
+    spoken = np.convolve(active, np.ones(2 * HANGOVER_FRAMES + 1), mode="full")[HANGOVER_FRAMES:-HANGOVER_FRAMES] > 0
+    return SpeechQuality(float(spoken.sum()) * FRAME_S, min(snr_db, 60.0), clipped)
 
 
 def frame_levels_db(samples: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:

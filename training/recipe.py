@@ -26,7 +26,7 @@ class DataRecipe(_Strict):
     root: Path
     calibration_fraction: float = Field(default=0.1, ge=0, lt=1)
     corpora: tuple[str, ...] | None = None
-    most_clips_per_corpus: int | None = None
+    most_clips_per_corpus: int | None = Field(default=None, gt=0)
     synthesis: SynthesisRecipe | None = None
 
 
@@ -41,9 +41,9 @@ class ScheduleRecipe(_Strict):
     weight_decay: float = 0.02
     gradient_clip: float = 5.0
     average_decay: float = Field(default=0.999, ge=0, lt=1)
-    checkpoint_every: int = 500
+    checkpoint_every: int = Field(default=500, gt=0)
     precision: Literal["float32", "bfloat16"] = "float32"
-    workers: int = 1
+    workers: int = Field(default=1, ge=0)
 
 
 class LossRecipe(_Strict):
@@ -82,7 +82,7 @@ def load_recipe(path: Path) -> Recipe:
         return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not YAML: {error}") from error
     except ValidationError as error:
         lines = [f"  {'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]

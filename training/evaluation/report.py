@@ -148,7 +148,9 @@ def _speakers(client: ServiceClient, data: Data, split: str, peers_python: Path,
     plain = verification(plans, [plan.cosine for plan in plans])
     figures += _verification("sv, cosine", plans, plain, calibrated=False)[:1]
     refused = sum(plan.refused_clips for plan in plans)
-    figures.append(Figure("sv enrolment clips refused", refused, "clips", "of genuine speakers"))
+    unenrolled = sum(len(plan.unenrolled) for plan in plans)
+    detail = f"of genuine speakers; {unenrolled} of {sum(len(plan.speakers) for plan in plans)} profiles incomplete"
+    figures.append(Figure("sv enrolment clips refused", refused, "clips", detail))
     try:
         peer = resemblyzer_scores(plans, peers_python)
     except MeasurementError as error:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from training.errors import MeasurementError
 from training.evaluation.client import ServiceClient, Upload
 from training.evaluation.recordings import as_recorded, with_noise
 from training.evaluation.statistics import Rate, cllr, equal_error_rate, minimum_dcf, threshold_for_false_alarms
@@ -26,6 +25,8 @@ LEAST_SPEAKERS = 4
 SPOT_TOLERANCE_S = 0.5
 # Scores below this never matter at one false alarm an hour.
 CANDIDATE_THRESHOLD = 0.05
+# (log-likelihood ratio, cosine) of a claim that is refused without scoring.
+TURNED_AWAY = (-50.0, -1.0)
 
 Sender = Callable[[Clip | Recording], Upload]
 
@@ -67,6 +68,7 @@ class Trials:
     enrolments: dict[str, list[Clip]] = field(default_factory=dict)
     tests: list[tuple[str, Clip]] = field(default_factory=list)
     refused_clips: int = 0
+    unenrolled: set[str] = field(default_factory=set)
     # Row: test. Column: claimed speaker, in the order of `speakers`.
     llr: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
     cosine: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
@@ -213,8 +215,8 @@ def plan_trials(clips: Sequence[Clip], *, least_speakers: int = LEAST_SPEAKERS) 
 def run_trials(client: ServiceClient, trials: Trials, send: Sender = as_recorded) -> None:
     """Enrol every speaker, verify every test against everyone, delete the speakers; fills `trials`.
 
-    A test in which the service hears no speech scores as low as can be: it would be turned away.
-    Raises MeasurementError where a speaker cannot be enrolled from their six clips.
+    What the service would turn away scores as low as can be: a test in which it hears no speech, and any
+    claim to be a speaker whose six clips do not complete a profile.
     """
     ids = {name: f"evaluation-{trials.corpus}-{name}" for name in trials.speakers}
     try:
@@ -223,12 +225,14 @@ def run_trials(client: ServiceClient, trials: Trials, send: Sender = as_recorded
             answer = client.enrol(speaker_id, [send(clip) for clip in trials.enrolments[name]])
             trials.refused_clips += sum(not clip["accepted"] for clip in answer["clips"])
             if answer["status"] != "enrolled":
-                raise MeasurementError(f"{name}: six clips do not complete the profile: {answer}")
+                trials.unenrolled.add(name)
 
         def row(test: tuple[str, Clip]) -> list[tuple[float, float]]:
             upload = send(test[1])
-            answers = [client.verify(ids[name], upload) for name in trials.speakers]
-            return [(-50.0, -1.0) if one is None else (one["score"], one["cosine"]) for one in answers]
+            answers = [
+                None if name in trials.unenrolled else client.verify(ids[name], upload) for name in trials.speakers
+            ]
+            return [TURNED_AWAY if one is None else (one["score"], one["cosine"]) for one in answers]
 
         scores = np.array(client.each(row, trials.tests), dtype=np.float64)
         trials.llr, trials.cosine = scores[:, :, 0], scores[:, :, 1]

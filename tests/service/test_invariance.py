@@ -1,0 +1,64 @@
+"""A clip's outputs do not depend on what it is batched with: checked for every built-in bundle."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from model_store import LocalStore, builtin_store_path
+from service.audio import Waveform
+from service.engine import Engine, Outputs
+from tests.conftest import voice
+
+STORE = LocalStore(builtin_store_path())
+BUNDLES = [f"{name}@{version}" for name in STORE.names() for version in STORE.versions(name)]
+TOLERANCE = 1e-4
+NEIGHBOURS = {
+    "loud": lambda: np.clip(voice(1.0, seed=1, level=5.0), -1, 1),
+    "silent": lambda: np.zeros(16_000, np.float32),
+    "long": lambda: voice(9.0, seed=2),
+    "short": lambda: voice(0.1, seed=3),
+    "noise": lambda: np.random.default_rng(4).uniform(-1, 1, 24_000).astype(np.float32),
+}
+
+
+@pytest.fixture(scope="module", params=BUNDLES)
+def engine(request: pytest.FixtureRequest) -> Engine:
+    return Engine(STORE.resolve(request.param), intra_op_threads=1)
+
+
+def worst_difference(one: Outputs, other: Outputs) -> float:
+    pairs = (
+        (one.keyword_logits, other.keyword_logits),
+        (one.speaker_embedding, other.speaker_embedding),
+        (one.embedding, other.embedding),
+        (one.frames, other.frames),
+    )
+    assert all(left.shape == right.shape for left, right in pairs)
+    return max(float(np.abs(left - right).max()) for left, right in pairs)
+
+
+@pytest.mark.parametrize("neighbour", NEIGHBOURS)
+def test_alone_and_beside_a_neighbour_are_the_same(engine: Engine, neighbour: str) -> None:
+    clip = Waveform(voice(1.3))
+    (alone,) = engine.run([clip])
+    together = engine.run([clip, Waveform(NEIGHBOURS[neighbour]())])[0]
+    assert worst_difference(alone, together) < TOLERANCE
+
+
+@pytest.mark.parametrize("samples", [1_600, 1_601, 15_999, 16_000, 16_001, 40_000])
+def test_any_length_gives_the_same_alone_and_padded(engine: Engine, samples: int) -> None:
+    clip = Waveform(voice(3.0)[:samples])
+    (alone,) = engine.run([clip])
+    padded = engine.run([Waveform(voice(4.0, seed=9)), clip])[1]
+    assert worst_difference(alone, padded) < TOLERANCE
+
+
+def test_embeddings_have_unit_length(engine: Engine) -> None:
+    (outputs,) = engine.run([Waveform(voice(1.0))])
+    assert np.linalg.norm(outputs.speaker_embedding) == pytest.approx(1.0, abs=1e-5)
+    assert np.linalg.norm(outputs.embedding) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_there_is_a_built_in_bundle_to_check() -> None:
+    assert "sotto-edge" in STORE.names()

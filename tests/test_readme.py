@@ -1,0 +1,86 @@
+"""README's commands, run as they stand, against a service of the test's own."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY, RunningService, start_service, stop_service
+
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
+    running = start_service(tmp_path_factory.mktemp("readme"))
+    yield running
+    stop_service(running)
+
+
+def answers(service: RunningService, script: str) -> list[dict]:
+    """The JSON that each curl line of a shell script prints."""
+    if shutil.which("curl") is None:
+        pytest.skip("needs curl")
+    lines = script.replace("http://127.0.0.1:8000", service.url).replace("curl -s", "curl -sS -w '\\n'")
+    done = subprocess.run(["bash", "-ec", lines], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines() if line]
+
+
+def with_folder(block: str) -> str:
+    """Later blocks use the folder variable that the enrolment block sets."""
+    return block if "D=" in block else "D=../shared/data/dsp20\n" + block
+
+
+def test_the_examples_are_heard_right(fresh: RunningService) -> None:
+    lines = [line for line in BLOCKS[0].splitlines() if "examples/" in line]
+    one, five = answers(fresh, "\n".join(lines))
+    assert [event["keyword"] for event in one["detections"]] == ["en:computer"]
+    heard = [event["keyword"] for event in five["detections"]]
+    assert heard == ["en:computer", "en:alexa", "en:wildfire", "en:jarvis", "en:seven"]
+
+
+def test_the_recording_is_heard_right(fresh: RunningService, shared_data: Path) -> None:
+    assert shared_data.is_dir()
+    (found,) = answers(fresh, next(line for line in BLOCKS[0].splitlines() if "shared/data" in line))
+    assert [event["keyword"] for event in found["detections"]] == ["ar:backward"]
+
+
+def test_enrol_and_verify(fresh: RunningService, shared_data: Path) -> None:
+    assert shared_data.is_dir()
+    enrolled, same, other, listed = answers(fresh, BLOCKS[1])
+    assert (enrolled["status"], enrolled["enrollments"]) == ("enrolled", 3)
+    assert (same["accepted"], other["accepted"]) == (True, False)
+    assert [speaker["speaker_id"] for speaker in listed["speakers"]] == ["ada"]
+
+
+def test_embed_analyze_and_delete(fresh: RunningService, shared_data: Path) -> None:
+    assert shared_data.is_dir()
+    answers(fresh, BLOCKS[1])
+    embedded, analyzed = answers(fresh, with_folder(BLOCKS[2]))
+    assert embedded["dim"] == 192
+    assert [event["keyword"] for event in analyzed["keywords"]["detections"]] == ["en:open"]
+    assert analyzed["keywords"]["detections"][0]["spoken_by_speaker"] is True
+    assert fresh.get("/v1/speakers").json()["speakers"] == []
+
+
+def test_every_make_target_that_readme_names_exists() -> None:
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    named = set(re.findall(r"make ([a-z]+)", README))
+    assert named <= set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+
+
+def test_every_sotto_command_that_readme_names_exists() -> None:
+    sotto = Path(shutil.which("sotto", path=str(REPOSITORY / ".venv-dev/bin")) or "sotto")
+    named = set(re.findall(r"bin/sotto ((?:models |keys )?[a-z]+)", README))
+    assert len(named) >= 8
+    for command in sorted(named):
+        done = subprocess.run([sotto, *command.split(), "--help"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"sotto {command}: {done.stderr}"

@@ -1,0 +1,84 @@
+"""Data folders and runs that several files of tests share; one thread, so that sums have one order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from model_store import Manifest
+from tests.training.made_data import tiny_recipe, write_data
+from training import run as run_module
+from training.export import export
+from training.recipe import Recipe
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@dataclass(frozen=True, slots=True)
+class TinyRun:
+    """A finished run and the loss of each of its steps."""
+
+    recipe: Recipe
+    folder: Path
+    cache: Path
+    losses: list[float]
+
+
+def train_tiny(recipe: Recipe, folder: Path, cache: Path) -> TinyRun:
+    """Train to the end, taking note of every step's loss."""
+    losses: list[float] = []
+    step = run_module._step
+
+    def noted(*arguments: object) -> dict[str, float]:
+        terms = step(*arguments)  # type: ignore[arg-type]
+        losses.append(terms["total"])
+        return terms
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "_step", noted)
+        run_module.train(recipe, folder, cache)
+    return TinyRun(recipe, folder, cache, losses)
+
+
+@pytest.fixture(scope="session")
+def made_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of made-up voices."""
+    return write_data(tmp_path_factory.mktemp("made-data"))
+
+
+@pytest.fixture(scope="session")
+def made_run(made_data: Path, tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    """The tiny recipe, trained on made-up voices."""
+    work = tmp_path_factory.mktemp("made-run")
+    return train_tiny(tiny_recipe(made_data), work / "run", work / "cache")
+
+
+@pytest.fixture(scope="session")
+def shared_run(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    """The tiny recipe, trained on real recordings."""
+    work = tmp_path_factory.mktemp("shared-run")
+    return train_tiny(tiny_recipe(shared_data), work / "run", work / "cache")
+
+
+@pytest.fixture(scope="session")
+def made_draft(made_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
+    """The draft exported from `made_run`; for reading only."""
+    folder = tmp_path_factory.mktemp("made-draft")
+    return folder, export(made_run.folder, folder, name="tiny")
+
+
+@pytest.fixture(params=["made", "shared"])
+def tiny_run(request: pytest.FixtureRequest) -> TinyRun:
+    """The tiny run on made-up voices and, where they are, on real recordings."""
+    run: TinyRun = request.getfixturevalue(f"{request.param}_run")
+    return run

@@ -1,0 +1,256 @@
+"""The recognition rows, with a service that answers from a table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.training.fakes import FakeClient, make_clip
+from training.errors import MeasurementError
+from training.evaluation.tasks import (
+    Trials,
+    clip_accuracy,
+    plan_trials,
+    run_trials,
+    spot_misses,
+    verification,
+    wake_misses,
+)
+from training.manifest import Clip, Data
+
+
+def top(label: str) -> dict[str, Any]:
+    return {"top": [{"keyword": label, "score": 0.9}]}
+
+
+def events(*scores: float, word: str = "en:alexa") -> dict[str, Any]:
+    return {"detections": [{"keyword": word, "score": score} for score in scores]}
+
+
+def test_clip_accuracy_counts_overall_by_corpus_and_by_speaker(tmp_path: Path) -> None:
+    clips = [
+        make_clip(tmp_path, "a", corpus="x", speaker="ann", keyword="yes"),
+        make_clip(tmp_path, "b", corpus="x", speaker="bob", keyword="yes"),
+        make_clip(tmp_path, "c", corpus="y", keyword="no"),
+    ]
+    client: Any = FakeClient({"a": top("en:yes"), "b": top("en:no"), "c": top("en:no")}, ["en:yes", "en:no"])
+    found = clip_accuracy(client, clips)
+    assert (found.overall.hits, found.overall.total) == (2, 3)
+    assert {name: rate.value for name, rate in found.by_corpus.items()} == {"x": 0.5, "y": 1.0}
+    assert {name: rate.value for name, rate in found.by_speaker.items()} == {"ann": 1.0, "bob": 0.0, "?": 1.0}
+    assert found.confusions == [("en:yes", "en:no", 1)]
+
+
+def test_clip_accuracy_leaves_out_words_the_model_does_not_have(tmp_path: Path) -> None:
+    clips = [
+        make_clip(tmp_path, "a", keyword="yes"),
+        make_clip(tmp_path, "b", keyword="maybe"),
+        make_clip(tmp_path, "c"),
+    ]
+    client: Any = FakeClient({"a": top("en:yes")}, ["en:yes"])
+    assert clip_accuracy(client, clips).overall.total == 1
+
+
+def wake_data(folder: Path, *, hours: float, transcript: str = "") -> Data:
+    """Four clips of "alexa" and one of other speech that lasts `hours`."""
+    words = [make_clip(folder, f"wake{n}", corpus="pvwake", keyword="alexa", transcript="alexa") for n in range(4)]
+    speech = make_clip(folder, "speech", corpus="other", transcript=transcript, duration_s=hours * 3600)
+    return Data(folder, (*words, speech), (), ())
+
+
+WAKE_ANSWERS = {
+    "wake0": events(0.95),
+    "wake1": events(0.70, 0.30),
+    "wake2": events(0.50),
+    "wake3": events(),
+    "speech": events(0.9, 0.6, 0.4, 0.2),
+}
+
+
+@pytest.mark.parametrize(
+    ("hours", "per_hour", "missed"),
+    [
+        # No alarm allowed: above 0.9. One: above 0.6. Two: above 0.4. Ten: everything found counts.
+        (0.5, 1.0, 3),
+        (1.0, 1.0, 2),
+        (2.0, 1.0, 1),
+        (1.0, 2.0, 1),
+        (1.0, 10.0, 1),
+    ],
+)
+def test_wake_threshold_is_where_the_allowed_alarms_are(
+    tmp_path: Path, hours: float, per_hour: float, missed: int
+) -> None:
+    client: Any = FakeClient(WAKE_ANSWERS)
+    found = wake_misses(client, wake_data(tmp_path, hours=hours), "dev", per_hour=per_hour)
+    assert (found.misses.hits, found.misses.total) == (missed, 4)
+    assert found.negative_hours == pytest.approx(hours)
+
+
+def test_sentence_that_holds_the_word_raises_no_alarm(tmp_path: Path) -> None:
+    client: Any = FakeClient(WAKE_ANSWERS)
+    found = wake_misses(client, wake_data(tmp_path, hours=1.0, transcript="say Alexa now"), "dev", per_hour=0.1)
+    assert found.misses.hits == 1
+    assert found.negative_hours == 0
+
+
+def test_wake_asks_for_the_wake_words_only(tmp_path: Path) -> None:
+    client: Any = FakeClient(WAKE_ANSWERS)
+    wake_misses(client, wake_data(tmp_path, hours=1.0), "dev", per_hour=1.0)
+    assert all(query["keywords"] == ["en:alexa"] for query in client.queries)
+
+
+def test_other_wake_words_are_other_audio(tmp_path: Path) -> None:
+    data = wake_data(tmp_path, hours=1.0)
+    other = make_clip(tmp_path, "other", corpus="pvwake", keyword="jarvis", transcript="jarvis", duration_s=3600)
+    client: Any = FakeClient({**WAKE_ANSWERS, "other": events(0.8, 0.75)})
+    found = wake_misses(client, Data(tmp_path, (*data.clips, other), (), ()), "dev", per_hour=1.0)
+    # Alarms 0.9, 0.8 in two hours are allowed, so 0.75 is the first that is not.
+    assert found.by_word["en:alexa"].hits == 3
+    assert found.by_word["en:jarvis"].hits == 1
+
+
+def sentence(folder: Path, key: str) -> Clip:
+    clip = make_clip(folder, f"sentence/{key}", corpus="wuw2", keyword="operator", duration_s=1800.0)
+    return Clip(**{name: getattr(clip, name) for name in Clip.__slots__} | {"word_start_s": 2.0, "word_end_s": 2.6})
+
+
+def heard_at(centre_s: float, word: str = "en:operator") -> dict[str, Any]:
+    event = {"keyword": word, "score": 0.9, "start_s": centre_s - 0.2, "end_s": centre_s + 0.2}
+    return {"detections": [event]}
+
+
+@pytest.mark.parametrize(
+    ("centre_s", "missed"), [(1.49, 1), (1.51, 0), (2.3, 0), (3.09, 0), (3.11, 1)]
+)  # fmt: skip
+def test_spotted_word_counts_within_half_a_second_of_its_alignment(
+    tmp_path: Path, centre_s: float, missed: int
+) -> None:
+    client: Any = FakeClient({"sentence/a": heard_at(centre_s)})
+    assert spot_misses(client, [sentence(tmp_path, "a")]).misses.hits == missed
+
+
+def test_wrong_word_is_a_miss_and_a_false_alarm(tmp_path: Path) -> None:
+    client: Any = FakeClient({"sentence/a": heard_at(2.3, "en:wildfire")})
+    found = spot_misses(client, [sentence(tmp_path, "a")])
+    assert found.by_word["en:operator"].value == 1.0
+    # One in half an hour.
+    assert found.false_alarms_per_hour == 2.0
+
+
+def test_spot_leaves_out_clips_that_are_no_sentences(tmp_path: Path) -> None:
+    client: Any = FakeClient()
+    isolated = make_clip(tmp_path, "word/a", corpus="wuw2", keyword="operator")
+    assert spot_misses(client, [isolated]).misses.total == 0
+
+
+def people(folder: Path, corpus: str, clips_each: list[int]) -> list[Clip]:
+    """Speakers a, b, ... of a corpus with so many clips."""
+    return [
+        make_clip(folder, f"{corpus}-{name}-{take}", corpus=corpus, speaker=f"{corpus}-{name}")
+        for name, count in zip("abcdefgh", clips_each, strict=False)
+        for take in range(count)
+    ]
+
+
+def test_six_clips_enrol_and_the_others_test(tmp_path: Path) -> None:
+    (plan,) = plan_trials(people(tmp_path, "c", [9, 8, 8, 7]))
+    assert [len(own) for own in plan.enrolments.values()] == [6, 6, 6, 6]
+    assert len(plan.tests) == 3 + 2 + 2 + 1
+    enrolled = {clip.key for own in plan.enrolments.values() for clip in own}
+    assert not enrolled & {clip.key for _, clip in plan.tests}
+
+
+def test_plan_does_not_depend_on_the_order_of_clips(tmp_path: Path) -> None:
+    clips = people(tmp_path, "c", [9, 9, 9, 9])
+    (one,), (two,) = plan_trials(clips), plan_trials(clips[::-1])
+    assert (one.enrolments, one.tests) == (two.enrolments, two.tests)
+
+
+def test_speakers_with_six_clips_or_fewer_are_left_out(tmp_path: Path) -> None:
+    (plan,) = plan_trials(people(tmp_path, "c", [8, 8, 8, 8, 6]))
+    assert plan.speakers == ["c-a", "c-b", "c-c", "c-d"]
+
+
+def test_corpus_with_too_few_speakers_is_left_out(tmp_path: Path) -> None:
+    clips = people(tmp_path, "c", [8, 8, 8])
+    assert plan_trials(clips) == []
+    assert len(plan_trials(clips, least_speakers=3)) == 1
+
+
+def test_nobody_tests_more_than_sixty_times(tmp_path: Path) -> None:
+    (plan,) = plan_trials(people(tmp_path, "c", [90, 7, 7, 7]))
+    assert sum(speaker == "c-a" for speaker, _ in plan.tests) == 60
+
+
+def test_impostors_come_from_the_same_corpus_only(tmp_path: Path) -> None:
+    plans = plan_trials(people(tmp_path, "c", [8] * 4) + people(tmp_path, "d", [8] * 5))
+    assert [plan.corpus for plan in plans] == ["c", "d"]
+    assert all(name.startswith(plan.corpus) for plan in plans for name in plan.speakers)
+    targets, impostors = plans[0].split(np.zeros((8, 4)))
+    # Two tests of each of four people, against themselves and against three others.
+    assert (len(targets), len(impostors)) == (8, 24)
+
+
+def scored(folder: Path) -> tuple[Any, Trials]:
+    """A plan whose targets score 3 and impostors -2, after it was run; one test has no speech."""
+    (plan,) = plan_trials(people(folder, "c", [8] * 4))
+    silent = plan.tests[0][1].key
+    client: Any = FakeClient()
+
+    def score(speaker_id: str, key: str) -> tuple[float, float] | None:
+        if key == silent:
+            return None
+        return (3.0, 0.9) if speaker_id.endswith(key[:3]) else (-2.0, 0.1)
+
+    client.score = score
+    client.refused = {plan.enrolments["c-a"][0].key}
+    run_trials(client, plan)
+    return client, plan
+
+
+def test_trials_fill_both_scores(tmp_path: Path) -> None:
+    plan = scored(tmp_path)[1]
+    targets, impostors = plan.split(plan.llr)
+    assert sorted(targets) == [-50.0] + [3.0] * 7
+    assert sorted(impostors) == [-50.0] * 3 + [-2.0] * 21
+    assert sorted(plan.split(plan.cosine)[0]) == [-1.0] + [0.9] * 7
+
+
+def test_refused_enrolment_clips_are_counted(tmp_path: Path) -> None:
+    assert scored(tmp_path)[1].refused_clips == 1
+
+
+def test_trials_leave_no_profile_behind(tmp_path: Path) -> None:
+    assert scored(tmp_path)[0].profiles == {}
+
+
+def test_speaker_who_cannot_be_enrolled_is_named_and_nobody_stays(tmp_path: Path) -> None:
+    (plan,) = plan_trials(people(tmp_path, "c", [8] * 4))
+    client: Any = FakeClient()
+    client.status = "enrolling"
+    with pytest.raises(MeasurementError, match="c-a"):
+        run_trials(client, plan)
+    assert client.profiles == {}
+
+
+def test_verification_pools_corpora_and_keeps_them_apart(tmp_path: Path) -> None:
+    plans = plan_trials(people(tmp_path, "c", [7] * 4) + people(tmp_path, "d", [7] * 4))
+    own = np.eye(4, dtype=bool)
+    # In c everything is right; in d targets score what c's impostors do, impostors what c's targets do.
+    right, wrong = np.where(own, 2.0, -2.0), np.where(own, -2.0, 2.0)
+    found = verification(plans, [right, wrong])
+    assert found.eer_by_corpus == {"c": 0.0, "d": 1.0}
+    assert found.eer == 0.5
+    assert (found.targets, found.impostors) == (8, 24)
+    assert (found.false_rejects.value, found.false_accepts.value) == (0.5, 0.5)
+
+
+def test_verification_accepts_from_a_ratio_of_zero(tmp_path: Path) -> None:
+    plans = plan_trials(people(tmp_path, "c", [7] * 4))
+    found = verification(plans, [np.zeros((4, 4))])
+    assert (found.false_rejects.value, found.false_accepts.value) == (0.0, 1.0)
+    assert found.cllr == pytest.approx(1.0)

@@ -1,0 +1,128 @@
+"""Recipes: what is refused, and what the digest covers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.conftest import REPOSITORY
+from training.errors import RecipeError
+from training.recipe import Recipe, load_recipe
+
+LEAST: dict[str, Any] = {"name": "least", "data": {"root": "here"}, "schedule": {"steps": 10, "batch_size": 4}}
+
+
+def changed(path: str, value: object) -> dict[str, Any]:
+    """LEAST with the value at a dotted path."""
+    *sections, key = path.split(".")
+    result: dict[str, Any] = {**LEAST}
+    here = result
+    for section in sections:
+        here[section] = {**here.get(section, {})}
+        here = here[section]
+    here[key] = value
+    return result
+
+
+def refused(folder: Path, content: str | bytes) -> str:
+    path = folder / "recipe.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    return str(caught.value)
+
+
+def test_defaults_fill_the_rest(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(LEAST))
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert (recipe.schedule.steps, recipe.schedule.peak_learning_rate, recipe.shape.mels) == (10, 0.002, 64)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("oops", 1),
+        ("data.oops", 1),
+        ("data.synthesis.oops", 1),
+        ("shape.oops", 1),
+        ("sampling.oops", 1),
+        ("augment.oops", 1),
+        ("schedule.oops", 1),
+        ("loss.oops", 1),
+        ("name", "Not A Name"),
+        ("student", "teacher"),
+        ("data.calibration_fraction", 1.0),
+        ("data.most_clips_per_corpus", 0),
+        ("schedule.steps", 0),
+        ("schedule.steps", "many"),
+        ("schedule.batch_size", 1),
+        ("schedule.checkpoint_every", 0),
+        ("schedule.average_decay", 1.0),
+        ("schedule.precision", "float16"),
+        ("schedule.workers", -1),
+        ("sampling.crop_s", "long"),
+        ("shape.mels", 64.5),
+    ],
+)
+def test_wrong_key_or_value_is_named(tmp_path: Path, path: str, value: object) -> None:
+    assert f"\n  {path}: " in refused(tmp_path, yaml.safe_dump(changed(path, value)))
+
+
+@pytest.mark.parametrize("section", ["name", "data", "schedule"])
+def test_missing_section_is_named(tmp_path: Path, section: str) -> None:
+    rest = {name: value for name, value in LEAST.items() if name != section}
+    assert f"\n  {section}: Field required" in refused(tmp_path, yaml.safe_dump(rest))
+
+
+@pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe\x00a"])
+def test_file_that_is_no_yaml_is_refused(tmp_path: Path, content: bytes) -> None:
+    assert "recipe.yaml is not YAML" in refused(tmp_path, content)
+
+
+def test_empty_file_is_refused(tmp_path: Path) -> None:
+    assert "recipe.yaml" in refused(tmp_path, "")
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"none\.yaml: No such file"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_digest_ignores_where_the_data_lies() -> None:
+    assert Recipe.model_validate(changed("data.root", "there")).digest() == Recipe.model_validate(LEAST).digest()
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("name", "other"),
+        ("seed", 1),
+        ("data.calibration_fraction", 0.2),
+        ("data.corpora", ["asc"]),
+        ("data.most_clips_per_corpus", 5),
+        ("data.synthesis", {"voices": 3}),
+        ("shape.task_width", 128),
+        ("sampling.crop_s", 1.5),
+        ("sampling.corpus_weight", {"asc": 2.0}),
+        ("augment.p_noise", 0.5),
+        ("augment.speeds", [1.0]),
+        ("schedule.steps", 11),
+        ("schedule.workers", 0),
+        ("loss.speaker", 0.5),
+    ],
+)
+def test_digest_changes_with_everything_else(path: str, value: object) -> None:
+    assert Recipe.model_validate(changed(path, value)).digest() != Recipe.model_validate(LEAST).digest()
+
+
+def test_recipe_survives_the_run_file() -> None:
+    recipe = Recipe.model_validate(changed("augment.speeds", [0.9, 1.0]))
+    assert Recipe.model_validate(recipe.model_dump(mode="json")).digest() == recipe.digest()
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "training/recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipe_loads_and_has_the_name_of_its_file(path: Path) -> None:
+    assert load_recipe(path).name == path.stem

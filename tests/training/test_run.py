@@ -1,0 +1,166 @@
+"""Training end to end with a network of a few thousand weights: what a run writes, and that it survives a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import REPOSITORY
+from tests.training.conftest import TinyRun
+from training.errors import RunError
+from training.run import learning_rate, load_student, train
+
+# Trains as `train` does, and kills itself with SIGKILL at the place named by the fourth argument.
+KILLED_RUN = """
+import json, os, signal, sys
+from pathlib import Path
+import torch
+from training import run
+from training.recipe import Recipe
+
+torch.set_num_threads(1)
+recipe, folder, cache, place = sys.argv[1:]
+step, save = run._step, torch.save
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def dying_step(recipe, number, *rest):
+    return die() if number == 13 else step(recipe, number, *rest)
+
+def dying_save(state, path):
+    if state.get("step") != 20:
+        return save(state, path)
+    save(state, path)
+    with open(path, "r+b") as stream:
+        stream.truncate(1000)
+    die()
+
+if place == "between checkpoints":
+    run._step = dying_step
+else:
+    torch.save = dying_save
+run.train(Recipe.model_validate_json(recipe), Path(folder), Path(cache))
+"""
+
+
+def test_the_loss_falls(tiny_run: TinyRun) -> None:
+    assert np.mean(tiny_run.losses[-5:]) < 0.9 * np.mean(tiny_run.losses[:3])
+
+
+def test_run_file_says_what_was_run(tiny_run: TinyRun) -> None:
+    run = json.loads((tiny_run.folder / "run.json").read_text())
+    assert run["seed"] == 7
+    assert run["recipe_digest"] == tiny_run.recipe.digest()
+    assert set(run["data"]) == {"manifest.csv", "noise.csv", "rir.csv", "audio"}
+    assert all(len(digest) == 64 for digest in run["data"].values())
+
+
+def test_run_file_has_the_revision_of_the_code(tiny_run: TinyRun) -> None:
+    if not (REPOSITORY / ".git").exists():
+        pytest.skip("needs a git checkout")
+    run = json.loads((tiny_run.folder / "run.json").read_text())
+    assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?", run["git_revision"])
+
+
+def test_run_file_counts_what_was_trained_on(made_run: TinyRun) -> None:
+    run = json.loads((made_run.folder / "run.json").read_text())
+    assert run["labels"] == ["ar:low", "ar:rising", "en:falling", "en:high"]
+    # Nine speakers of ten clips in each corpus, of which two speakers are set aside; every clip is kept,
+    # since a stride of 70 // 40 is 1.
+    assert (run["training_clips"], run["speakers"]) == (140, 14)
+
+
+def test_most_clips_are_a_stride_over_the_corpus(shared_run: TinyRun) -> None:
+    run = json.loads((shared_run.folder / "run.json").read_text())
+    assert 80 <= run["training_clips"] <= 84
+    assert run["speakers"] > 30
+
+
+def test_finished_student_is_in_evaluation_mode_and_finite(tiny_run: TinyRun) -> None:
+    student, run = load_student(tiny_run.folder)
+    with torch.no_grad():
+        out = student(torch.randn(1, 16_000) * 0.1, torch.tensor([16_000]))
+    assert not student.training
+    assert out.keyword_logits.shape == (1, 25, 1 + len(run["labels"]))
+    assert torch.isfinite(out.keyword_logits).all()
+
+
+def test_stopped_and_continued_run_ends_with_the_same_weights(tiny_run: TinyRun, tmp_path: Path) -> None:
+    # 13 is no multiple of the checkpoint interval.
+    train(tiny_run.recipe, tmp_path / "run", tiny_run.cache, stop_after=13)
+    assert not (tmp_path / "run" / "student.pt").exists()
+    train(tiny_run.recipe, tmp_path / "run", tiny_run.cache)
+    assert_same_weights(tiny_run.folder, tmp_path / "run")
+
+
+@pytest.mark.parametrize("place", ["between checkpoints", "while writing a checkpoint"])
+def test_killed_and_continued_run_ends_with_the_same_weights(made_run: TinyRun, tmp_path: Path, place: str) -> None:
+    command = [sys.executable, "-c", KILLED_RUN, made_run.recipe.model_dump_json(), tmp_path / "run", made_run.cache]
+    killed = subprocess.run([*map(str, command), place], cwd=REPOSITORY, capture_output=True, env=_environment())
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == 10
+    train(made_run.recipe, tmp_path / "run", made_run.cache)
+    assert_same_weights(made_run.folder, tmp_path / "run")
+
+
+def test_finished_run_started_again_keeps_its_weights(made_run: TinyRun) -> None:
+    before = (made_run.folder / "last.pt").read_bytes()
+    train(made_run.recipe, made_run.folder, made_run.cache)
+    assert (made_run.folder / "last.pt").read_bytes() == before
+
+
+def test_another_recipe_in_the_same_folder_is_refused(made_run: TinyRun) -> None:
+    other = made_run.recipe.model_copy(update={"seed": 8})
+    with pytest.raises(RunError, match="another recipe"):
+        train(other, made_run.folder, made_run.cache)
+
+
+def test_another_seed_gives_other_weights(made_run: TinyRun, tmp_path: Path) -> None:
+    other = made_run.recipe.model_copy(update={"seed": 8})
+    train(other, tmp_path / "run", made_run.cache, stop_after=1)
+    train(made_run.recipe, tmp_path / "same", made_run.cache, stop_after=1)
+    first, second = (
+        torch.load(tmp_path / name / "last.pt", weights_only=True)["student"]["keyword_head.weight"]
+        for name in ("run", "same")
+    )
+    assert (first - second).abs().max() > 0.01
+
+
+def test_unfinished_run_does_not_load(made_run: TinyRun, tmp_path: Path) -> None:
+    train(made_run.recipe, tmp_path / "run", made_run.cache, stop_after=1)
+    with pytest.raises(RunError, match="not finished"):
+        load_student(tmp_path / "run")
+
+
+def test_folder_without_a_run_does_not_load(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"run\.json is missing"):
+        load_student(tmp_path)
+
+
+def test_learning_rate_warms_up_and_decays(made_run: TinyRun) -> None:
+    rates = [learning_rate(made_run.recipe, step) for step in range(30)]
+    assert rates[0] == pytest.approx(0.002)
+    assert max(rates) == rates[4] == rates[5] == pytest.approx(0.01)
+    assert sorted(rates[5:], reverse=True) == rates[5:]
+    assert learning_rate(made_run.recipe, 30) == pytest.approx(1e-5)
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    """Bit for bit."""
+    one, two = (torch.load(folder / "student.pt", weights_only=True) for folder in (first, second))
+    assert one.keys() == two.keys()
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
