@@ -52,8 +52,8 @@ async def run(host: str, port: int, request: bytes, *, clients: int, warm_up_s: 
 
 def post(path: str, body: bytes, content_type: str) -> bytes:
     """The bytes of one request."""
-    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n\r\n"
-    return head.encode() + body
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {content_type}\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 def main() -> None:

@@ -79,7 +79,9 @@ class RunningService:
     def get(self, path: str, **options: object) -> httpx.Response:
         return httpx.get(self.url + path, timeout=30, **options)  # type: ignore[arg-type]
 
-    def post(self, path: str, data: bytes | None = None, content_type: str = "audio/wav", **options: object) -> httpx.Response:
+    def post(
+        self, path: str, data: bytes | None = None, content_type: str = "audio/wav", **options: object
+    ) -> httpx.Response:
         if data is not None:
             headers = {"Content-Type": content_type, **options.pop("headers", {})}  # type: ignore[dict-item]
             options |= {"content": data, "headers": headers}

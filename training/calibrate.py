@@ -32,6 +32,8 @@ from training.manifest import CALIBRATION_FOLD, Clip, Data, Recording, read_data
 from training.recipe import Recipe
 
 WINDOWS_S = (0.6, 1.0, 1.6)
+# Of some 290 training speakers; fewer are closer, more are steadier.
+COHORT_TOPS = (20, 100)
 # False alarms of one keyword an hour that the thresholds aim at.
 BUDGET_PER_HOUR = 1.0
 # Thresholds outside these bounds would be fitted to a handful of accidents.
@@ -46,6 +48,7 @@ class _SpeakerFit:
     scale: float
     offset: float
     with_cohort: bool
+    cost: float
     note: str
 
 
@@ -63,7 +66,7 @@ def calibrate(draft: Path, *, data_root: Path | None, say: Say) -> Manifest:
     manifest = _with_window(manifest, _best_window(draft, manifest, fold, say))
     with _serving(draft, manifest) as client:
         thresholds = _thresholds(client, manifest, data, fold, say)
-        speaker = _fit_speakers(client, fold, say)
+    cohort_top, speaker = _best_cohort(draft, manifest, fold, say)
     people = len({clip.speaker for clip in fold if clip.speaker})
     source = f"{people} training speakers set aside (fold {CALIBRATION_FOLD!r}, seed {recipe.seed}), {len(fold)} clips"
     keywords = manifest.keywords.model_copy(
@@ -81,6 +84,7 @@ def calibrate(draft: Path, *, data_root: Path | None, say: Say) -> Manifest:
                 scale=speaker.scale, offset=speaker.offset, fitted_on=f"{source}: {speaker.note}"
             ),
             "cohort_file": manifest.speaker.cohort_file if speaker.with_cohort else None,
+            "cohort_top": cohort_top,
         }
     )
     manifest = manifest.model_copy(update={"keywords": keywords, "speaker": calibrated})
@@ -109,6 +113,17 @@ def _best_window(draft: Path, manifest: Manifest, fold: list[Clip], say: Say) ->
         if mean > best_accuracy + 1e-9:
             best, best_accuracy = window_s, mean
     return best
+
+
+def _best_cohort(draft: Path, manifest: Manifest, fold: list[Clip], say: Say) -> tuple[int, _SpeakerFit]:
+    """How many of the closest cohort speakers normalise a score, if any; the cheapest fit (Cllr) wins."""
+    fits = []
+    for top in COHORT_TOPS:
+        speaker = manifest.speaker.model_copy(update={"cohort_top": top})
+        with _serving(draft, manifest.model_copy(update={"speaker": speaker})) as client:
+            say(f"closest {top} of the cohort")
+            fits.append((top, _fit_speakers(client, fold, say)))
+    return min(fits, key=lambda fit: fit[1].cost)
 
 
 def _thresholds(client: ServiceClient, manifest: Manifest, data: Data, fold: list[Clip], say: Say) -> dict[str, float]:
@@ -156,10 +171,10 @@ def _fit_speakers(client: ServiceClient, fold: list[Clip], say: Say) -> _Speaker
         note = f"{kind}, {len(targets)} target and {len(impostors)} impostor trials, EER {eer:.4f}, Cllr {cost:.4f}"
         say(note)
         if scale > 0:
-            fits.append((cost, _SpeakerFit(scale, offset, with_cohort, note)))
+            fits.append(_SpeakerFit(scale, offset, with_cohort, cost, note))
     if not fits:
         raise TrainingError("impostors score higher than the speakers themselves: this network tells nobody apart")
-    return min(fits, key=lambda fit: fit[0])[1]
+    return min(fits, key=lambda fit: fit.cost)
 
 
 def _with_window(manifest: Manifest, window_s: float) -> Manifest:

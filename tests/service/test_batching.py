@@ -28,10 +28,10 @@ class Observer:
         self.failures: list[str] = []
         self.depth = 0
 
-    def batch_run(self, items: int, duration_s: float) -> None:
+    def batch_run(self, items: int, duration_s: float) -> None:  # noqa: ARG002  the protocol has it
         self.batches.append(items)
 
-    def queue_changed(self, items: int, size: float) -> None:
+    def queue_changed(self, items: int, size: float) -> None:  # noqa: ARG002  likewise
         self.depth = items
 
     def worker_failed(self, kind: str) -> None:

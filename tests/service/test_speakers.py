@@ -127,9 +127,7 @@ def test_after_deletion_no_byte_of_the_embedding_is_left_on_disk(store: ProfileS
 
 
 def test_first_enrolments_at_once_end_in_one_profile(store: ProfileStore) -> None:
-    threads = [
-        threading.Thread(target=lambda: store.add("t", "ada", [enrolment(1)])) for _ in range(8)
-    ]
+    threads = [threading.Thread(target=lambda: store.add("t", "ada", [enrolment(1)])) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -190,9 +190,9 @@ class Edge(nn.Module):
         voiced = self.to_speaker(x, mask)
         for block in self.speaker:
             voiced = block(voiced, mask)
-        logits = self.keyword_head(self.dropout(spoken)).squeeze(2).transpose(1, 2)
+        logits = self.keyword_head(self.dropout(spoken))[:, :, 0].transpose(1, 2)
         speaker = self.speaker_head(self.dropout(self.pool(voiced, mask)))
-        frames = torch.cat([spoken, voiced], dim=1).squeeze(2).transpose(1, 2)
+        frames = torch.cat([spoken, voiced], dim=1)[:, :, 0].transpose(1, 2)
         total = frames.float().sum(dim=1)
         return EdgeOutputs(
             keyword_logits=logits.float(),
