@@ -12,7 +12,7 @@ import soundfile
 
 HERE = Path(__file__).parent
 VOICE = "en-gb-x-gbcwmd+f4"
-FIVE_WORDS = ("computer", "alexa", "wildfire", "jarvis", "seven")
+FIVE_WORDS = ("computer", "alexa", "wildfire", "jarvis", "snowboy")
 PAUSE_S = 0.8
 
 

@@ -44,7 +44,7 @@ def test_the_examples_are_heard_right(fresh: RunningService) -> None:
     one, five = answers(fresh, "\n".join(lines))
     assert [event["keyword"] for event in one["detections"]] == ["en:computer"]
     heard = [event["keyword"] for event in five["detections"]]
-    assert heard == ["en:computer", "en:alexa", "en:wildfire", "en:jarvis", "en:seven"]
+    assert heard == ["en:computer", "en:alexa", "en:wildfire", "en:jarvis", "en:snowboy"]
 
 
 def test_the_recording_is_heard_right(fresh: RunningService, shared_data: Path) -> None:
