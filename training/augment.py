@@ -33,6 +33,10 @@ class AugmentRecipe:
     p_narrowband: float = 0.15
     p_telephone: float = 0.1
     level_dbfs: tuple[float, float] = (-40.0, -14.0)
+    # From this share of the schedule on, noise, rooms and bands are `calm_factor` times as likely: the
+    # last updates and the averaged statistics then see mostly what will be served.
+    calm_after: float = 1.0
+    calm_factor: float = 1.0
 
 
 class Augmenter:
@@ -54,17 +58,21 @@ class Augmenter:
         """Index into the recipe's speeds; each speed of a person is a speaker class of its own."""
         return int(rng.integers(len(self._recipe.speeds)))
 
-    def corrupt(self, speech: Waveform, rng: np.random.Generator) -> Waveform:
-        """Room, then noise, then channel, then level: the order in which they happen to real speech."""
+    def corrupt(self, speech: Waveform, rng: np.random.Generator, *, progress: float = 0.0) -> Waveform:
+        """Room, then noise, then channel, then level: the order in which they happen to real speech.
+
+        `progress` is the share of the schedule that has passed.
+        """
         recipe = self._recipe
-        if self._rooms and rng.random() < recipe.p_room:
+        likely = recipe.calm_factor if progress >= recipe.calm_after else 1.0
+        if self._rooms and rng.random() < likely * recipe.p_room:
             room = self._rooms[int(rng.integers(len(self._rooms)))]
             speech = reverberate(speech, self._cache.read(room.path, 0, LONGEST_ROOM_SAMPLES))
-        if rng.random() < recipe.p_noise:
+        if rng.random() < likely * recipe.p_noise:
             speech = mix(speech, self.noise(len(speech), rng), float(rng.uniform(*recipe.snr_db)))
-        if rng.random() < recipe.p_narrowband:
+        if rng.random() < likely * recipe.p_narrowband:
             speech = narrowband(speech)
-        elif rng.random() < recipe.p_telephone:
+        elif rng.random() < likely * recipe.p_telephone:
             speech = telephone(speech)
         return at_level(speech, float(rng.uniform(*recipe.level_dbfs)))
 

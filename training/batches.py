@@ -48,7 +48,7 @@ class SamplingRecipe:
 
 
 class BatchSource(Dataset[Batch]):
-    """Maps a step number to its batch."""
+    """Maps a step number, of `steps` in all, to its batch."""
 
     def __init__(
         self,
@@ -61,6 +61,7 @@ class BatchSource(Dataset[Batch]):
         seed: int,
         sampling: SamplingRecipe,
         augment: AugmentRecipe,
+        steps: int = 0,
     ) -> None:
         self._clips = list(clips)
         self._cache = cache
@@ -68,6 +69,7 @@ class BatchSource(Dataset[Batch]):
         self._seed = seed
         self._sampling = sampling
         self._speeds = augment.speeds
+        self._steps = steps
         self._augmenter = Augmenter(
             augment,
             cache,
@@ -88,7 +90,8 @@ class BatchSource(Dataset[Batch]):
 
     def __getitem__(self, step: int) -> Batch:
         rng = np.random.default_rng((self._seed, step))
-        items = [self._item(rng) for _ in range(self._batch_size)]
+        progress = step / self._steps if self._steps else 0.0
+        items = [self._item(rng, progress) for _ in range(self._batch_size)]
         return Batch(
             waveform=torch.from_numpy(np.stack([item[0] for item in items])),
             lengths=torch.tensor([item[1] for item in items]),
@@ -109,11 +112,11 @@ class BatchSource(Dataset[Batch]):
         return loudest_speech(self._cache.read(clip.path)) if clip.keyword else (0.0, 0.0)
 
     def _item(
-        self, rng: np.random.Generator
+        self, rng: np.random.Generator, progress: float
     ) -> tuple[Waveform, int, int, tuple[float, float], npt.NDArray[np.bool_], int]:
         size = round(self._sampling.crop_s * SAMPLE_RATE_HZ)
         if rng.random() < self._sampling.p_noise_only:
-            noise = self._augmenter.corrupt(self._augmenter.noise(size, rng), rng)
+            noise = self._augmenter.corrupt(self._augmenter.noise(size, rng), rng, progress=progress)
             everything = np.ones(len(self._class_of) + 1, dtype=np.bool_)
             return noise, size, 0, (0.0, 0.0), everything, NO_SPEAKER
         index = int(np.searchsorted(self._cumulative, rng.random()))
@@ -123,7 +126,7 @@ class BatchSource(Dataset[Batch]):
         speaker = NO_SPEAKER
         if clip.speaker:
             speaker = self._speaker_index[clip.speaker] * len(self._speeds) + speed_index
-        crop = self._augmenter.corrupt(crop, rng)
+        crop = self._augmenter.corrupt(crop, rng, progress=progress)
         crop[length:] = 0.0
         keyword = self._class_of[clip.label] if clip.keyword and whole else 0
         return crop, length, keyword, word_s, self._possible[index], speaker

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from training.augment import AugmentRecipe
 from training.batches import SamplingRecipe
 from training.errors import RecipeError
+from training.spectral import SpectralRecipe
 from training.students.edge import EdgeShape
 from training.synthesis import SynthesisRecipe
 
@@ -68,6 +69,7 @@ class Recipe(_Strict):
     shape: EdgeShape = EdgeShape()
     sampling: SamplingRecipe = SamplingRecipe()
     augment: AugmentRecipe = AugmentRecipe()
+    spectral: SpectralRecipe = SpectralRecipe()
     schedule: ScheduleRecipe
     loss: LossRecipe = LossRecipe()
 

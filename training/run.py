@@ -29,7 +29,8 @@ from training.monitor import watch
 from training.objectives.speaker import AamSoftmax
 from training.objectives.spotting import clip_loss, frame_loss
 from training.recipe import Recipe
-from training.students.edge import FRAME_HOP, Edge, FeatureMask
+from training.spectral import SpectralAugment
+from training.students.edge import FRAME_HOP, Edge
 from training.synthesis import synthesize
 
 FRAME_HOP_S = FRAME_HOP / SAMPLE_RATE_HZ
@@ -77,6 +78,7 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int |
         seed=recipe.seed,
         sampling=recipe.sampling,
         augment=recipe.augment,
+        steps=recipe.schedule.steps,
     )
     torch.manual_seed(recipe.seed)
     student = Edge(1 + len(prepared.labels), recipe.shape)
@@ -138,11 +140,12 @@ def _step(
         group["lr"] = learning_rate(recipe, step)
     student.train()
     weights = recipe.loss
+    spectral = SpectralAugment(recipe.spectral, len(batch.lengths), torch.default_generator)
     with torch.autocast("cpu", torch.bfloat16, enabled=recipe.schedule.precision == "bfloat16"):
-        out = student(batch.waveform, batch.lengths, FeatureMask(torch.default_generator))
+        out = student(batch.waveform, batch.lengths, spectral)
     clip = clip_loss(out.keyword_logits, out.mask, batch.keyword, batch.possible, weights.label_smoothing)
     frame = frame_loss(out.keyword_logits, out.mask, batch.keyword, batch.word_s, batch.possible, FRAME_HOP_S)
-    known = batch.speaker != NO_SPEAKER
+    known = (batch.speaker != NO_SPEAKER) & ~spectral.warped
     margin = weights.speaker_margin * min(1.0, step / max(1, weights.margin_warmup_steps))
     speaker = angular(out.speaker_embedding[known], batch.speaker[known], margin) if known.any() else clip * 0
     total = weights.clip * clip + weights.frame * frame + weights.speaker * speaker

@@ -1,7 +1,7 @@
 """`edge`: one compact convolutional network for keywords, speakers and embeddings.
 
     waveform ─ LogMel ─ Stem ─ shared blocks ─┬─ keyword blocks ─ per-frame logits
-     10 ms           20 ms        40 ms       └─ speaker blocks ─ attentive statistics ─ embedding
+  12.5 ms           25 ms        50 ms       └─ speaker blocks ─ attentive statistics ─ embedding
 
 Convolutions are written in two dimensions with height 1: ONNX Runtime's blocked kernels exist only
 there, and halve the time of depthwise layers.
@@ -12,6 +12,7 @@ as a convolution pads. So a clip gives the same outputs alone and padded within 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,8 @@ from training.students.frontend import HOP, LogMel
 STEM_STRIDE = 2
 FRAME_STRIDE = 4
 FRAME_HOP = HOP * FRAME_STRIDE
+
+FeatureChange = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,7 @@ class EdgeShape:
     shared_blocks: int = 3
     task_width: int = 256
     keyword_blocks: int = 4
-    speaker_blocks: int = 4
+    speaker_blocks: int = 3
     kernel: int = 9
     speaker_dim: int = 192
     dropout: float = 0.1
@@ -46,7 +49,7 @@ class EdgeShape:
 
 @dataclass(frozen=True, slots=True)
 class EdgeOutputs:
-    """B clips, T frames of 40 ms, K labels with background first."""
+    """B clips, T frames of 50 ms, K labels with background first."""
 
     keyword_logits: Tensor  # [B, T, K]
     speaker_embedding: Tensor  # [B, speaker_dim], unit length
@@ -160,26 +163,26 @@ class Edge(nn.Module):
             nn.BatchNorm1d(shape.speaker_dim),
         )
 
-    def forward(self, waveform: Tensor, lengths: Tensor, mask_features: FeatureMask | None = None) -> EdgeOutputs:
+    def forward(self, waveform: Tensor, lengths: Tensor, augment: FeatureChange | None = None) -> EdgeOutputs:
         """Waveform [B, N] in [-1, 1], lengths [B] in samples; what lies past a length is ignored.
 
-        `mask_features` is training's SpecAugment, applied to the log-mel features.
+        `augment` is training's change of the log-mel features [B, mels, frames].
         """
         samples = torch.arange(waveform.shape[1], device=waveform.device)
-        heard = waveform * (samples[None, :] < lengths[:, None]).to(waveform.dtype)
+        heard = (samples[None, :] < lengths[:, None]).to(waveform.dtype)
         with torch.autocast(waveform.device.type, enabled=False):
-            features = self.features(heard.float())
-        if mask_features is not None:
-            features = mask_features(features)
-        hops = _ceil_div(lengths, HOP)
-        fine = _mask(hops, features.shape[2])
-        features = features * fine[:, None, :]
-        steps = _ceil_div(hops, STEM_STRIDE)
-        stem_mask = _mask(steps, (features.shape[2] + 1) // STEM_STRIDE)[:, None, None, :]
-        x = self.stem(features, stem_mask)
+            features = self.features((waveform * heard).float())
+        if augment is not None:
+            features = augment(features)
+        # A frame is within the clip where its centre is, so coarser masks are every other element.
+        fine_mask = heard[:, ::HOP]
+        stem_mask = fine_mask[:, ::STEM_STRIDE]
+        flat_mask = heard[:, ::FRAME_HOP]
+        features = features * fine_mask[:, None, :]
+        early_mask = stem_mask[:, None, None, :]
+        x = self.stem(features, early_mask)
         for block in self.early:
-            x = block(x, stem_mask)
-        flat_mask = _mask(_ceil_div(steps, 2), (x.shape[3] + 1) // 2)
+            x = block(x, early_mask)
         mask = flat_mask[:, None, None, :]
         x = self.down(x, mask)
         for block in self.shared:
@@ -203,49 +206,8 @@ class Edge(nn.Module):
         )
 
 
-class FeatureMask:
-    """SpecAugment (Park et al. 2019): stripes of mel channels and of time set to the fill value.
-
-    Each clip's stripes are its own. `generator` makes step n repeatable.
-    """
-
-    def __init__(
-        self,
-        generator: torch.Generator,
-        *,
-        frequency_stripes: int = 2,
-        widest_mels: int = 10,
-        time_stripes: int = 2,
-        longest_frames: int = 12,
-    ) -> None:
-        self._generator = generator
-        self._plan = ((1, frequency_stripes, widest_mels), (2, time_stripes, longest_frames))
-
-    def __call__(self, features: Tensor) -> Tensor:
-        for axis, stripes, widest in self._plan:
-            size = features.shape[axis]
-            position = torch.arange(size)
-            for _ in range(stripes):
-                width = torch.rand(features.shape[0], 1, generator=self._generator) * widest
-                start = torch.rand(features.shape[0], 1, generator=self._generator) * (size - width)
-                hidden = (position >= start) & (position < start + width)
-                shape = (features.shape[0], size, 1) if axis == 1 else (features.shape[0], 1, size)
-                features = features.masked_fill(hidden.reshape(shape).to(features.device), 0.0)
-        return features
-
-
 def _blocks(count: int, width: int, kernel: int) -> nn.ModuleList:
     return nn.ModuleList(Block(width, kernel) for _ in range(count))
-
-
-def _ceil_div(value: Tensor, divisor: int) -> Tensor:
-    return torch.div(value + (divisor - 1), divisor, rounding_mode="floor")
-
-
-def _mask(valid: Tensor, size: int) -> Tensor:
-    """[B] counts -> [B, size] float, 1 where the position is below the count."""
-    positions = torch.arange(size, device=valid.device)
-    return (positions[None, :] < valid[:, None]).to(torch.float32)
 
 
 def _unit(x: Tensor) -> Tensor:

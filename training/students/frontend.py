@@ -7,9 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-HOP = 160
-BLOCKS = 3
-WINDOW = BLOCKS * HOP
+HOP = 200
+WINDOW = 2 * HOP
 LOWEST_HZ, HIGHEST_HZ = 40.0, 7600.0
 # Mel power below this is inaudible at 16 bits; the logarithm stops there.
 FLOOR = 1e-6
@@ -19,19 +18,19 @@ CENTRE, SPREAD = -5.0, 4.0
 
 
 class LogMel(nn.Module):
-    """Waveform [B, N] in [-1, 1] at 16 kHz -> features [B, mels, ceil(N / 160)], 10 ms apart.
+    """Waveform [B, N] in [-1, 1] at 16 kHz -> features [B, mels, ceil(N / 200)], 12.5 ms apart.
 
-    Windows of 30 ms are three hops long, so framing is three slices side by side. A Hann window is
+    Windows of 25 ms are two hops long, so framing is two views of the waveform. A Hann window is
     symmetric, hence the real part of the transform needs x[n] + x[W-n] only and the imaginary part
     x[n] - x[W-n]: two half-size matrix products in place of one full one.
     """
 
     def __init__(self, mels: int = 64, sample_rate_hz: int = 16_000) -> None:
         super().__init__()
-        half = WINDOW // 2
-        bins = half + 1
-        n = torch.arange(1, half + 1, dtype=torch.float64)
-        k = torch.arange(bins, dtype=torch.float64)
+        filters = mel_filters(mels, HOP + 1, sample_rate_hz)
+        heard = filters.sum(dim=1) > 0
+        n = torch.arange(1, HOP + 1, dtype=torch.float64)
+        k = torch.arange(HOP + 1, dtype=torch.float64)[heard]
         phase = 2 * math.pi * torch.outer(n, k) / WINDOW
         window = 0.5 - 0.5 * torch.cos(2 * math.pi * n / WINDOW)
         # n = W/2 is its own mirror image: the fold below counts it twice.
@@ -41,18 +40,16 @@ class LogMel(nn.Module):
         self.mel: Tensor
         self.register_buffer("cosine", (torch.cos(phase) * window[:, None]).float(), persistent=False)
         self.register_buffer("sine", (torch.sin(phase) * window[:, None]).float(), persistent=False)
-        self.register_buffer("mel", mel_filters(mels, bins, sample_rate_hz).float(), persistent=False)
+        self.register_buffer("mel", filters[heard].float(), persistent=False)
 
     def forward(self, waveform: Tensor) -> Tensor:
         count = waveform.shape[0]
         left = waveform.new_zeros(count, HOP)
-        right = waveform.new_zeros(count, 2 * HOP - 1)
+        right = waveform.new_zeros(count, HOP)
         padded = torch.cat([left, waveform, right], dim=1)
-        hops = padded[:, : padded.shape[1] // HOP * HOP].reshape(count, -1, HOP)
-        frames = torch.cat([hops[:, :-2], hops[:, 1:-1], hops[:, 2:]], dim=2)
-        half = WINDOW // 2
-        ahead = frames[:, :, 1 : half + 1]
-        behind = frames[:, :, half:].flip(2)
+        frames = (padded.shape[1] - 1) // HOP - 1
+        ahead = padded[:, 1 : frames * HOP + 1].reshape(count, -1, HOP)
+        behind = padded[:, HOP : (frames + 1) * HOP].reshape(count, -1, HOP).flip(2)
         real = torch.matmul(ahead + behind, self.cosine)
         imaginary = torch.matmul(ahead - behind, self.sine)
         power = torch.matmul(real * real + imaginary * imaginary, self.mel)
