@@ -21,7 +21,9 @@ from model_store import KeywordInfo
 
 # exp(30) in a sum of thousands is exact enough in float64, and beyond it the score is 1 anyway.
 LARGEST_LOG_ODDS = 30.0
-# A detection's edges are where the odds of its keyword fall below this share of their peak's.
+# A detection lasts while its keyword is at least as likely as background; one whose peak barely is,
+# while the odds keep this share of their peak.
+EDGE_ODDS = 1.0
 EDGE_SHARE = 0.05
 
 Array = npt.NDArray[np.float32]
@@ -134,7 +136,7 @@ def _event(odds: Scores, score: np.float64, frame: int, index: int, info: Keywor
     begin = max(0, frame - reach)
     summit = begin + int(odds[begin : frame + reach + 1].argmax())
     longest = max(1, round(1.5 * info.labels[index].typical_s / info.frame_hop_s))
-    floor = odds[summit] * EDGE_SHARE
+    floor = min(EDGE_ODDS, odds[summit] * EDGE_SHARE)
     first = last = summit
     while first > 0 and summit - first < longest and odds[first - 1] >= floor:
         first -= 1

@@ -37,10 +37,12 @@ from model_store.store import MANIFEST
 from training.alignment import loudest_speech
 from training.audio_cache import SAMPLE_RATE_HZ, decode
 from training.errors import ExportError
+from training.layout import keep_blocked
 from training.manifest import Clip, labels_of, read_data
 from training.recipe import Recipe
 from training.run import chosen, load_student
-from training.students.edge import FRAME_HOP, Edge
+from training.students.edge import FRAME_HOP, FRAME_STRIDE, STEM_STRIDE, Edge
+from training.students.frontend import HOP
 
 OPSET = 17
 TOLERANCE = 1e-4
@@ -116,7 +118,8 @@ def to_onnx(student: Edge) -> bytes:
                 "frames": {0: "batch", 1: "frames"},
             },
         )
-    return stream.getvalue()
+    strides = {"hops": 1, "steps": STEM_STRIDE, "frames": FRAME_STRIDE}
+    return keep_blocked(stream.getvalue(), hop=HOP, strides=strides)
 
 
 def check_graph_equals_network(session: Session, student: Edge) -> None:

@@ -1,0 +1,91 @@
+"""Rewrites an exported graph so that ONNX Runtime keeps its blocked layout from end to end.
+
+ONNX Runtime computes convolutions on channels in blocks (NCHWc) and converts back wherever another
+operator does not know that layout. Two things made it convert in every layer of ours:
+
+- `x * mask` with a mask of one channel. As a product of two equal shapes it stays in the blocked layout,
+  so each mask is spread over the channels, once per width, by a convolution with ones.
+- sums whose operands' shapes are not known to be equal. Named dimensions prove that they are.
+
+Outputs are the same up to the last bits; a call on one second of audio takes about a tenth less time.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from model_store.inference import open_session
+
+# Sizes that no layer has, so that each dimension of a probed shape tells what it stands for.
+PROBE_CLIPS = 3
+PROBE_FRAMES = 109
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def keep_blocked(graph: bytes, *, hop: int, strides: dict[str, int]) -> bytes:
+    """The same graph with spread masks and named dimensions.
+
+    `hop` is the samples in a feature frame; `strides` names each frame rate and says how many feature
+    frames one of its frames covers.
+    """
+    model = onnx.load_from_string(graph)
+    shapes = _probe(model, hop)
+    _spread_masks(model.graph, shapes)
+    names = {-(-PROBE_FRAMES // stride): name for name, stride in strides.items()}
+    del model.graph.value_info[:]
+    for name, shape in shapes.items():
+        dims: list[str | int | None] = ["batch", shape[1], shape[2], names.get(shape[3], shape[3])]
+        model.graph.value_info.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, dims))
+    return bytes(model.SerializeToString())
+
+
+def _probe(model: onnx.ModelProto, hop: int) -> Shapes:
+    """Shapes of all four-dimensional float tensors on a batch of a known size."""
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    outputs = {output.name for output in probe.graph.output}
+    inner = [name for node in probe.graph.node for name in node.output if name not in outputs]
+    del probe.graph.output[:]
+    probe.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in inner)
+    session = open_session(probe.SerializeToString(), threads=1)
+    samples = PROBE_FRAMES * hop
+    values = session.run(
+        inner,
+        {
+            "waveform": np.zeros((PROBE_CLIPS, samples), np.float32),
+            "lengths": np.full(PROBE_CLIPS, samples, np.int64),
+        },
+    )
+    return {
+        name: value.shape
+        for name, value in zip(inner, values, strict=True)
+        if getattr(value, "ndim", 0) == 4 and value.dtype == np.float32
+    }
+
+
+def _spread_masks(graph: onnx.GraphProto, shapes: Shapes) -> None:
+    """Replace `Mul(x, mask)` by `Mul(x, Conv(mask, ones))`; adds the new tensors' shapes to `shapes`."""
+    cast_from = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Cast"}
+    spread: dict[tuple[str, int], str] = {}
+    nodes = []
+    for node in graph.node:
+        if node.op_type == "Mul" and all(name in shapes for name in node.input):
+            values, mask = node.input
+            channels = shapes[values][1]
+            if shapes[mask][1:3] == (1, 1) and channels > 1 and shapes[values][2] == 1:
+                key = (cast_from.get(mask, mask), channels)
+                if key not in spread:
+                    spread[key] = f"{key[0]}_x{channels}"
+                    ones = f"{spread[key]}_ones"
+                    graph.initializer.append(
+                        numpy_helper.from_array(np.ones((channels, 1, 1, 1), dtype=np.float32), ones)
+                    )
+                    nodes.append(helper.make_node("Conv", [mask, ones], [spread[key]], kernel_shape=[1, 1]))
+                    shapes[spread[key]] = shapes[values]
+                node.input[1] = spread[key]
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
