@@ -79,13 +79,14 @@ def _decode_all(data: Path, table: Path, paths: Sequence[Path]) -> None:
 
     index: dict[str, tuple[int, int]] = {}
     position = 0
-    partial = data.with_suffix(".partial")
+    # Two runs may build the same cache at once; each writes files of its own and the later one wins.
+    partial = data.with_suffix(f".{os.getpid()}.partial")
     with partial.open("wb") as stream, ThreadPoolExecutor(os.cpu_count()) as pool:
         for path, samples in zip(paths, pool.map(as_int16, paths), strict=True):
             stream.write(samples.tobytes())
             index[str(path)] = (position, position + len(samples))
             position += len(samples)
     partial.replace(data)
-    partial_table = table.with_suffix(".partial-json")
+    partial_table = table.with_suffix(f".{os.getpid()}.partial-json")
     partial_table.write_text(json.dumps(index))
     partial_table.replace(table)

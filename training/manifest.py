@@ -113,8 +113,8 @@ def read_data(root: Path, *, calibration_fraction: float = 0.0, seed: int = 0) -
 def assign_fold(clips: Sequence[Clip], *, fraction: float, seed: int) -> list[Clip]:
     """Move `fraction` of every corpus' training speakers into the calibration fold.
 
-    Whole speakers move, chosen by a hash of seed and name, so a new speaker never reshuffles the
-    others. A corpus with fewer than eight training speakers keeps them all: taking one would cost
+    Whole speakers move, chosen by a hash of seed and name, so a new speaker changes places with at
+    most one of the others. A corpus with fewer than eight training speakers keeps them all: taking one would cost
     training more than it tells. Clips without a speaker move file by file with the same fraction.
     """
     by_corpus: dict[str, set[str]] = defaultdict(set)

@@ -246,8 +246,11 @@ def _write_run_file(recipe: Recipe, folder: Path, prepared: Prepared, source: Ba
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "run.json"
     if path.is_file():
-        if json.loads(path.read_text(encoding="utf-8"))["recipe_digest"] != recipe.digest():
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        if begun["recipe_digest"] != recipe.digest():
             raise RunError(f"{folder} holds a run of another recipe; give --run another folder")
+        if begun["data"] != digest_data(prepared.data):
+            raise RunError(f"the data changed since {folder} was begun; give --run another folder")
         return
     run = {
         "recipe": recipe.model_dump(mode="json"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,7 +92,7 @@ def test_finished_student_is_in_evaluation_mode_and_finite(tiny_run: TinyRun) ->
     with torch.no_grad():
         out = student(torch.randn(1, 16_000) * 0.1, torch.tensor([16_000]))
     assert not student.training
-    assert out.keyword_logits.shape == (1, 25, 1 + len(run["labels"]))
+    assert out.keyword_logits.shape == (1, 20, 1 + len(run["labels"]))
     assert torch.isfinite(out.keyword_logits).all()
 
 
@@ -123,6 +124,16 @@ def test_another_recipe_in_the_same_folder_is_refused(made_run: TinyRun) -> None
     other = made_run.recipe.model_copy(update={"seed": 8})
     with pytest.raises(RunError, match="another recipe"):
         train(other, made_run.folder, made_run.cache)
+
+
+def test_other_data_in_the_same_folder_are_refused(made_run: TinyRun, made_data: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(made_data, tmp_path / "data"))
+    recipe = made_run.recipe.model_copy(update={"data": made_run.recipe.data.model_copy(update={"root": root})})
+    train(recipe, tmp_path / "run", tmp_path / "cache", stop_after=1)
+    path = next(root.glob("**/*.wav"))
+    path.write_bytes(path.read_bytes()[:-2] + b"\x01\x01")
+    with pytest.raises(RunError, match="data changed"):
+        train(recipe, tmp_path / "run", tmp_path / "cache", stop_after=2)
 
 
 def test_another_seed_gives_other_weights(made_run: TinyRun, tmp_path: Path) -> None:
