@@ -57,6 +57,10 @@ class LossRecipe(_Strict):
     speaker_scale: float = 30.0
     speaker_margin: float = 0.2
     margin_warmup_steps: int = 2000
+    # From this step on, only `shared_gradient` of the speaker loss's gradient reaches the layers that
+    # keywords share. Features that tell speakers apart invite learning words speaker by speaker.
+    shared_gradient: float = Field(default=1.0, ge=0, le=1)
+    shared_gradient_from_step: int = Field(default=0, ge=0)
 
 
 class Recipe(_Strict):

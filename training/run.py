@@ -142,7 +142,8 @@ def _step(
     weights = recipe.loss
     spectral = SpectralAugment(recipe.spectral, len(batch.lengths), torch.default_generator)
     with torch.autocast("cpu", torch.bfloat16, enabled=recipe.schedule.precision == "bfloat16"):
-        out = student(batch.waveform, batch.lengths, spectral)
+        shared = weights.shared_gradient if step >= weights.shared_gradient_from_step else 1.0
+        out = student(batch.waveform, batch.lengths, spectral, shared_gradient=shared)
     clip = clip_loss(out.keyword_logits, out.mask, batch.keyword, batch.possible, weights.label_smoothing)
     frame = frame_loss(out.keyword_logits, out.mask, batch.keyword, batch.word_s, batch.possible, FRAME_HOP_S)
     known = (batch.speaker != NO_SPEAKER) & ~spectral.warped

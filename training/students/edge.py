@@ -163,10 +163,18 @@ class Edge(nn.Module):
             nn.BatchNorm1d(shape.speaker_dim),
         )
 
-    def forward(self, waveform: Tensor, lengths: Tensor, augment: FeatureChange | None = None) -> EdgeOutputs:
+    def forward(
+        self,
+        waveform: Tensor,
+        lengths: Tensor,
+        augment: FeatureChange | None = None,
+        *,
+        shared_gradient: float = 1.0,
+    ) -> EdgeOutputs:
         """Waveform [B, N] in [-1, 1], lengths [B] in samples; what lies past a length is ignored.
 
-        `augment` is training's change of the log-mel features [B, mels, frames].
+        `augment` is training's change of the log-mel features [B, mels, frames]. `shared_gradient` is how
+        much of the speaker branch's gradient reaches the shared layers; values are the same for any.
         """
         samples = torch.arange(waveform.shape[1], device=waveform.device)
         heard = (samples[None, :] < lengths[:, None]).to(waveform.dtype)
@@ -190,6 +198,8 @@ class Edge(nn.Module):
         spoken = self.to_keyword(x, mask)
         for block in self.keyword:
             spoken = block(spoken, mask)
+        if shared_gradient != 1.0:
+            x = x * shared_gradient + x.detach() * (1.0 - shared_gradient)
         voiced = self.to_speaker(x, mask)
         for block in self.speaker:
             voiced = block(voiced, mask)
