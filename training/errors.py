@@ -5,6 +5,7 @@ TrainingError
  ├─ RecipeError       the recipe file is wrong
  ├─ RunError          a run folder is missing, foreign or incomplete
  ├─ ExportError       the exported graph does not agree with the network
+ ├─ TeacherError      a teacher cannot be loaded or does not fit its student
  └─ MeasurementError  a service or peer under measurement misbehaved
 """
 
@@ -27,6 +28,10 @@ class RunError(TrainingError):
 
 class ExportError(TrainingError):
     """The exported graph differs from the network by more than the allowed tolerance."""
+
+
+class TeacherError(TrainingError):
+    """A teacher's files are missing, incomplete or of another kind, or its frames do not fit the student's."""
 
 
 class MeasurementError(TrainingError):

@@ -1,0 +1,223 @@
+"""Large self-supervised models as frozen teachers: wav2vec 2.0, HuBERT and WavLM through transformers.
+
+One door for public weights by hub name, for a local folder, and for a teacher of our own: all come in the
+transformers format. What may differ between them, and silently ruins a distillation, is checked here: the
+input's normalisation, weights that are missing from the file, and the effect of padding.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    HubertModel,
+    PretrainedConfig,
+    PreTrainedModel,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2Model,
+    WavLMModel,
+)
+
+from training.audio_cache import SAMPLE_RATE_HZ
+from training.errors import TeacherError
+
+FAMILIES: dict[str, type[PreTrainedModel]] = {"wav2vec2": Wav2Vec2Model, "hubert": HubertModel, "wavlm": WavLMModel}
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json")
+# Stands in for masked frames in pre-training only; some public files leave it out.
+UNUSED_WEIGHTS = ("masked_spec_embed",)
+# transformers' own constant (Wav2Vec2FeatureExtractor.zero_mean_unit_var_norm).
+VARIANCE_FLOOR = 1e-7
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherOutputs:
+    """B clips, T frames, D channels. Values past a clip's frames mean nothing."""
+
+    hidden: tuple[Tensor, ...]  # layers + 1 of [B, T, D]; first the encoder's input, then each layer's output
+    mask: Tensor  # [B, T] bool, True within the clip
+
+
+class Teacher(nn.Module):
+    """A frozen model and its input normalisation. Always in evaluation mode, never with gradients."""
+
+    def __init__(self, model: PreTrainedModel, *, normalise: bool) -> None:
+        super().__init__()
+        self.model = model.requires_grad_(False)
+        self.eval()
+        self.normalise = normalise
+        config: Any = model.config
+        self.family: str = config.model_type
+        self.layers: int = config.num_hidden_layers
+        self.width: int = config.hidden_size
+        self._kernels: tuple[int, ...] = tuple(config.conv_kernel)
+        self._strides: tuple[int, ...] = tuple(config.conv_stride)
+        self.hop = math.prod(self._strides)
+        # The first layer of the base models normalises each channel over time, padding included.
+        self.padding_matters: bool = config.feat_extract_norm == "group"
+
+    @property
+    def parameters_count(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def reach(self) -> int:
+        """Samples under one frame."""
+        reach = 1
+        for kernel, stride in zip(reversed(self._kernels), reversed(self._strides), strict=True):
+            reach = (reach - 1) * stride + kernel
+        return reach
+
+    def train(self, mode: bool = True) -> Teacher:  # noqa: ARG002  nn.Module gives it
+        """Stays in evaluation mode: dropout and layer drop would blur the targets."""
+        return super().train(False)
+
+    def frames(self, samples: int) -> int:
+        """Frames of a clip of so many samples; clips shorter than `reach` are padded to one frame."""
+        count = max(samples, self.reach)
+        for kernel, stride in zip(self._kernels, self._strides, strict=True):
+            count = (count - kernel) // stride + 1
+        return count
+
+    def centres(self, frames: int) -> Tensor:
+        """The sample at the middle of each frame, [frames] float."""
+        return torch.arange(frames) * float(self.hop) + self.reach / 2
+
+    @torch.no_grad()
+    def forward(self, waveform: Tensor, lengths: Tensor) -> TeacherOutputs:
+        """Waveform [B, N] in [-1, 1] at 16 kHz, lengths [B] in samples.
+
+        Each clip's frames are those that it gives alone: where the architecture lets padding in, clips of
+        different lengths go through one length at a time.
+        """
+        counts = [self.frames(int(length)) for length in lengths]
+        mask = torch.arange(max(counts))[None, :] < torch.tensor(counts)[:, None]
+        mask = mask.to(waveform.device)
+        if not self.padding_matters or len(set(lengths.tolist())) == 1:
+            return TeacherOutputs(self._run(waveform, lengths), mask)
+        hidden = [waveform.new_zeros(len(counts), max(counts), self.width) for _ in range(self.layers + 1)]
+        for length in sorted(set(lengths.tolist())):
+            rows = torch.nonzero(lengths == length).flatten()
+            part = self._run(waveform[rows, :length], lengths[rows])
+            for whole, piece in zip(hidden, part, strict=True):
+                whole[rows, : piece.shape[1]] = piece.to(whole.dtype)
+        return TeacherOutputs(tuple(hidden), mask)
+
+    def _run(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+        waveform = waveform[:, : int(lengths.max())]
+        waveform = nn.functional.pad(waveform, (0, max(0, self.reach - waveform.shape[1])))
+        inside = torch.arange(waveform.shape[1], device=waveform.device)[None, :] < lengths[:, None]
+        if self.normalise:
+            waveform = _zero_mean_unit_variance(waveform, inside)
+        waveform = waveform * inside
+        # Clips too short for a frame have one all the same; the attention must not be empty.
+        attended = inside | (torch.arange(waveform.shape[1], device=waveform.device)[None, :] < self.reach)
+        padded = bool((~attended).any())
+        with warnings.catch_warnings():
+            # WavLM's code hands torch a float and a boolean mask together; torch only says so.
+            warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
+            found = self.model(
+                waveform,
+                attention_mask=attended.long() if padded else None,
+                output_hidden_states=True,
+                return_dict=True,
+            )
+        return tuple(found.hidden_states)
+
+
+def load_teacher(source: str) -> Teacher:
+    """A teacher from a local folder or by its name on the Hugging Face hub.
+
+    Raises TeacherError, saying what to do, for: nothing there, no network, another architecture, weights
+    missing from the file, no preprocessor_config.json, another sampling rate.
+    """
+    folder = Path(source)
+    local = folder.exists() or source.startswith((".", "/", "~"))
+    if local:
+        _check_folder(folder, source)
+    config = _config(source, local=local)
+    try:
+        preprocessor = Wav2Vec2FeatureExtractor.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise TeacherError(
+            f"{source} has no readable preprocessor_config.json, which says whether the input is normalised; "
+            'copy it from the original model, or write one: {"do_normalize": true, "sampling_rate": 16000}'
+        ) from error
+    if preprocessor.sampling_rate != SAMPLE_RATE_HZ:
+        raise TeacherError(f"{source} wants {preprocessor.sampling_rate} Hz; sotto works at {SAMPLE_RATE_HZ} Hz")
+    try:
+        # Its annotation leaves the pair out that `output_loading_info` brings.
+        load: Any = FAMILIES[config.model_type].from_pretrained
+        model, report = load(source, config=config, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise TeacherError(f"the weights of {source} do not load: {_first_line(error)}") from error
+    missing = sorted(name for name in report["missing_keys"] if not name.endswith(UNUSED_WEIGHTS))
+    if missing:
+        raise TeacherError(
+            f"{len(missing)} weights are missing from {source}, {missing[0]} among them; "
+            "the file is incomplete or of another model"
+        )
+    return Teacher(model, normalise=bool(preprocessor.do_normalize))
+
+
+def require_hop(teacher: Teacher, hop: int, *, student: str) -> None:
+    """Raises TeacherError unless the teacher's frames are `hop` samples apart, as the student's are."""
+    if teacher.hop != hop:
+        raise TeacherError(
+            f"the teacher gives a frame each {teacher.hop} samples and {student} one each {hop}; frames can be "
+            "compared one by one only at equal rates: choose another teacher or student, or interpolate"
+        )
+
+
+def at_centres(hidden: Tensor, teacher: Teacher, centres: Tensor) -> Tensor:
+    """Teacher frames [B, T, D] at other times: linear interpolation at `centres` [S], in samples, -> [B, S, D].
+
+    Before the first and after the last frame the nearest one counts.
+    """
+    position = ((centres.to(hidden.device) - teacher.reach / 2) / teacher.hop).clamp(0, hidden.shape[1] - 1)
+    below = position.floor().long()
+    above = (below + 1).clamp(max=hidden.shape[1] - 1)
+    share = (position - below).to(hidden.dtype)[None, :, None]
+    return hidden[:, below] * (1 - share) + hidden[:, above] * share
+
+
+def _check_folder(folder: Path, source: str) -> None:
+    if not folder.is_dir():
+        raise TeacherError(f"there is no folder {source}; give a folder in the transformers format or a hub name")
+    if not (folder / "config.json").is_file():
+        raise TeacherError(f"{source} has no config.json; it is no model in the transformers format")
+    if not any((folder / name).is_file() for name in WEIGHT_FILES):
+        raise TeacherError(f"{source} has no weights; expected is one of {', '.join(WEIGHT_FILES)}")
+
+
+def _config(source: str, *, local: bool) -> PretrainedConfig:
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        if local:
+            raise TeacherError(f"{source}/config.json does not load: {_first_line(error)}") from error
+        raise TeacherError(
+            f"{source} could not be fetched from the hub: {_first_line(error)} "
+            "Without network, download it elsewhere and give the folder."
+        ) from error
+    if config.model_type not in FAMILIES:
+        raise TeacherError(f"{source} is a {config.model_type!r} model; teachers are {', '.join(FAMILIES)}")
+    return config
+
+
+def _zero_mean_unit_variance(waveform: Tensor, inside: Tensor) -> Tensor:
+    count = inside.sum(dim=1, keepdim=True)
+    mean = (waveform * inside).sum(dim=1, keepdim=True) / count
+    variance = ((waveform - mean) * inside).square().sum(dim=1, keepdim=True) / count
+    return (waveform - mean) / torch.sqrt(variance + VARIANCE_FLOOR)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
