@@ -38,20 +38,19 @@ VARIANCE_FLOOR = 1e-7
 
 
 @dataclass(frozen=True, slots=True)
-class TeacherOutputs:
+class HiddenStates:
     """B clips, T frames, D channels. Values past a clip's frames mean nothing."""
 
     hidden: tuple[Tensor, ...]  # layers + 1 of [B, T, D]; first the encoder's input, then each layer's output
     mask: Tensor  # [B, T] bool, True within the clip
 
 
-class Teacher(nn.Module):
-    """A frozen model and its input normalisation. Always in evaluation mode, never with gradients."""
+class SelfSupervised(nn.Module):
+    """A model of one of the families with its input normalisation: waveforms in, every layer's frames out."""
 
     def __init__(self, model: PreTrainedModel, *, normalise: bool) -> None:
         super().__init__()
-        self.model = model.requires_grad_(False)
-        self.eval()
+        self.model = model
         self.normalise = normalise
         config: Any = model.config
         self.family: str = config.model_type
@@ -75,10 +74,6 @@ class Teacher(nn.Module):
             reach = (reach - 1) * stride + kernel
         return reach
 
-    def train(self, mode: bool = True) -> Teacher:  # noqa: ARG002  nn.Module gives it
-        """Stays in evaluation mode: dropout and layer drop would blur the targets."""
-        return super().train(False)
-
     def frames(self, samples: int) -> int:
         """Frames of a clip of so many samples; clips shorter than `reach` are padded to one frame."""
         count = max(samples, self.reach)
@@ -90,8 +85,7 @@ class Teacher(nn.Module):
         """The sample at the middle of each frame, [frames] float."""
         return torch.arange(frames) * float(self.hop) + self.reach / 2
 
-    @torch.no_grad()
-    def forward(self, waveform: Tensor, lengths: Tensor) -> TeacherOutputs:
+    def forward(self, waveform: Tensor, lengths: Tensor) -> HiddenStates:
         """Waveform [B, N] in [-1, 1] at 16 kHz, lengths [B] in samples.
 
         Each clip's frames are those that it gives alone: where the architecture lets padding in, clips of
@@ -101,14 +95,14 @@ class Teacher(nn.Module):
         mask = torch.arange(max(counts))[None, :] < torch.tensor(counts)[:, None]
         mask = mask.to(waveform.device)
         if not self.padding_matters or len(set(lengths.tolist())) == 1:
-            return TeacherOutputs(self._run(waveform, lengths), mask)
+            return HiddenStates(self._run(waveform, lengths), mask)
         hidden = [waveform.new_zeros(len(counts), max(counts), self.width) for _ in range(self.layers + 1)]
         for length in sorted(set(lengths.tolist())):
             rows = torch.nonzero(lengths == length).flatten()
             part = self._run(waveform[rows, :length], lengths[rows])
             for whole, piece in zip(hidden, part, strict=True):
                 whole[rows, : piece.shape[1]] = piece.to(whole.dtype)
-        return TeacherOutputs(tuple(hidden), mask)
+        return HiddenStates(tuple(hidden), mask)
 
     def _run(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
         waveform = waveform[:, : int(lengths.max())]
@@ -130,6 +124,24 @@ class Teacher(nn.Module):
                 return_dict=True,
             )
         return tuple(found.hidden_states)
+
+
+class Teacher(SelfSupervised):
+    """Frozen: always in evaluation mode, never with gradients."""
+
+    def __init__(self, model: PreTrainedModel, *, normalise: bool) -> None:
+        super().__init__(model, normalise=normalise)
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Teacher:  # noqa: ARG002  nn.Module gives it
+        """Stays in evaluation mode: dropout and layer drop would blur the targets."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, waveform: Tensor, lengths: Tensor) -> HiddenStates:
+        """As SelfSupervised, without a graph behind the outputs."""
+        return super().forward(waveform, lengths)
 
 
 def load_teacher(source: str) -> Teacher:
