@@ -92,6 +92,12 @@ def decode(data: bytes, content_type: str, *, shortest_s: float, longest_s: floa
     return Waveform(samples)
 
 
+def is_plain(data: bytes, content_type: str) -> bool:
+    """Whether the bytes are WAV or raw samples, whose decoding costs about what their size says."""
+    kind = _sniff(data)
+    return kind == "wav" or (kind is None and _PCM_TYPE.match(content_type.strip()) is not None)
+
+
 def _sniff(data: bytes) -> str | None:
     """The container the first bytes belong to, or None."""
     head = data[:12]

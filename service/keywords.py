@@ -88,6 +88,8 @@ def detect(
     # With a threshold of 0 every frame would qualify; a score of 0 is the absence of evidence.
     passing = (scores >= thresholds) & (scores > 0) & allowed
     candidates = _peaks(scores, passing)
+    if not candidates:
+        return []
     odds = _odds(logits)
     kept: list[tuple[int, Detection]] = []
     for frame, index in candidates:

@@ -33,6 +33,8 @@ from service.speakers.store import ProfileStore
 from service.timing import StageClock
 
 T = TypeVar("T")
+# About four seconds of 16 kHz WAV.
+INLINE_BYTES = 128 * 1024
 DRAIN_RETRY_AFTER_S = 1.0
 
 
@@ -128,7 +130,7 @@ class Runtime:
         return self.engine
 
     async def decode(self, clip: Clip, clock: StageClock, deadline: float) -> audio.Waveform:
-        """Decode in a worker thread. Raises ServiceError."""
+        """Decode: what is large or compressed in a worker thread. Raises ServiceError."""
         limits = self.engine.manifest.audio
         longest_s = min(limits.longest_s, self.settings.longest_audio_s)
 
@@ -136,7 +138,7 @@ class Runtime:
             return audio.decode(clip.data, clip.content_type, shortest_s=limits.shortest_s, longest_s=longest_s)
 
         with clock.stage("decode"):
-            waveform = await self._within(self.decoders, work, deadline)
+            waveform = work() if _cheap(clip) else await self._within(self.decoders, work, deadline)
         self.metrics.audio_seconds.inc(waveform.duration_s)
         return waveform
 
@@ -170,6 +172,11 @@ class Runtime:
                 return await loop.run_in_executor(pool, work)
         except TimeoutError as error:
             raise DeadlineExceededError("the deadline passed") from error
+
+
+def _cheap(clip: Clip) -> bool:
+    """Whether decoding takes less time than handing it to another thread and back."""
+    return len(clip.data) <= INLINE_BYTES and audio.is_plain(clip.data, clip.content_type)
 
 
 def _until(deadline: float) -> asyncio.Timeout:
