@@ -11,7 +11,7 @@ import numpy as np
 import soundfile
 
 HERE = Path(__file__).parent
-VOICE = "en-gb-x-gbcwmd+f4"
+VOICE = "en-gb-x-gbcwmd"
 FIVE_WORDS = ("computer", "alexa", "wildfire", "jarvis", "snowboy")
 PAUSE_S = 0.8
 

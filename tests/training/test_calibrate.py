@@ -15,7 +15,7 @@ from tests.training.conftest import TinyRun, train_tiny
 from tests.training.fakes import FakeClient, make_clip
 from tests.training.made_data import tiny_recipe
 from training import calibrate as calibrate_module
-from training.calibrate import calibrate
+from training.calibrate import LOWEST_THRESHOLD, calibrate
 from training.errors import TrainingError
 from training.evaluation.client import served
 from training.evaluation.report import Report, evaluate
@@ -118,11 +118,11 @@ def thresholds(made_draft: tuple[Path, Manifest], tmp_path: Path) -> Thresholds:
 
 
 def test_threshold_of_a_quiet_keyword_is_the_lowest(thresholds: Thresholds) -> None:
-    assert thresholds([0.9], [], 1.0)["ar:low"] == 0.3
+    assert thresholds([0.9], [], 1.0)["ar:low"] == LOWEST_THRESHOLD
 
 
 def test_keyword_in_its_own_clip_is_no_false_alarm(thresholds: Thresholds) -> None:
-    assert thresholds([0.8, 0.8, 0.8], [], 0.5)["ar:low"] == 0.3
+    assert thresholds([0.8, 0.8, 0.8], [], 0.5)["ar:low"] == LOWEST_THRESHOLD
 
 
 def test_threshold_lets_the_allowed_alarm_through(thresholds: Thresholds) -> None:
