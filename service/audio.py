@@ -40,6 +40,7 @@ LOUDEST_SAMPLE = 1e4
 Samples = npt.NDArray[np.float32]
 
 _CONTAINERS = {"WAV", "WAVEX", "RF64", "W64", "FLAC", "OGG", "MPEG", "MP3"}
+_PLAIN_CODECS = (b"\x01\x00", b"\x03\x00")  # WAVE_FORMAT_PCM and WAVE_FORMAT_IEEE_FLOAT
 _PCM_TYPE = re.compile(r"audio/(?:pcm|l16)\b", re.IGNORECASE)
 _RATE = re.compile(r";\s*rate\s*=\s*\"?([0-9]{1,7})\"?\s*(?:;|$)", re.IGNORECASE)
 
@@ -93,9 +94,14 @@ def decode(data: bytes, content_type: str, *, shortest_s: float, longest_s: floa
 
 
 def is_plain(data: bytes, content_type: str) -> bool:
-    """Whether the bytes are WAV or raw samples, whose decoding costs about what their size says."""
-    kind = _sniff(data)
-    return kind == "wav" or (kind is None and _PCM_TYPE.match(content_type.strip()) is not None)
+    """Whether decoding costs about what the size says: uncompressed samples of 16 bits or more.
+
+    A few kilobytes of GSM in a WAV file are minutes of audio.
+    """
+    if _sniff(data) == "wav":
+        head, codec, bits = data[:4] + data[12:16], data[20:22], int.from_bytes(data[34:36], "little")
+        return head == b"RIFFfmt " and codec in _PLAIN_CODECS and bits >= 16
+    return _sniff(data) is None and _PCM_TYPE.match(content_type.strip()) is not None
 
 
 def _sniff(data: bytes) -> str | None:

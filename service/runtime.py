@@ -33,8 +33,8 @@ from service.speakers.store import ProfileStore
 from service.timing import StageClock
 
 T = TypeVar("T")
-# About four seconds of 16 kHz WAV.
-INLINE_BYTES = 128 * 1024
+# Two seconds of 16 kHz WAV.
+INLINE_BYTES = 64 * 1024
 DRAIN_RETRY_AFTER_S = 1.0
 
 

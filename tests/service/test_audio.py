@@ -9,7 +9,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 
-from service.audio import LOUDEST_SAMPLE, SAMPLE_RATE_HZ, Waveform, check_media_type, decode
+from service.audio import LOUDEST_SAMPLE, SAMPLE_RATE_HZ, Waveform, check_media_type, decode, is_plain
 from service.errors import (
     AudioTooLargeError,
     AudioTooShortError,
@@ -274,3 +274,25 @@ def test_a_bomb_is_refused_before_it_unpacks(rate_hz: int, channels: int) -> Non
 def test_a_forged_sample_count_costs_no_memory(sample_count: int) -> None:
     _, grown_mib, _ = measured(with_sample_count(encoded(voice(2.0), container="FLAC"), sample_count))
     assert grown_mib < 16
+
+
+@pytest.mark.parametrize(
+    ("container", "subtype", "plain"),
+    [
+        ("WAV", "PCM_16", True),
+        ("WAV", "FLOAT", True),
+        ("WAV", "GSM610", False),
+        ("WAV", "IMA_ADPCM", False),
+        ("WAV", "ULAW", False),
+        ("WAV", "PCM_U8", False),
+        ("FLAC", "PCM_16", False),
+        ("OGG", "VORBIS", False),
+    ],
+)
+def test_only_uncompressed_samples_are_plain(container: str, subtype: str, plain: bool) -> None:
+    assert is_plain(encoded(tone(SAMPLE_RATE_HZ), container=container, subtype=subtype), "audio/wav") is plain
+
+
+def test_raw_samples_are_plain_and_other_bytes_are_not() -> None:
+    assert is_plain(b"\0\1" * 100, "audio/pcm;rate=16000")
+    assert not is_plain(b"\0\1" * 100, "audio/wav")
