@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from training.students.frontend import CENTRE, FLOOR, HIGHEST_HZ, LOWEST_HZ, SPREAD
+from training.students.frontend import CENTRE, FLOOR, HIGHEST_HZ, LOWEST_HZ, SPREAD, hz_to_mel, mel_to_hz
 
 DB_PER_UNIT = SPREAD * 10 / math.log(10)  # log-mel features count natural logarithms of power / SPREAD
 
@@ -62,10 +62,10 @@ class SpectralAugment:
         if not bool(self.warped.any()):
             return features
         bands = features.shape[1]
-        lowest, highest = _to_mel(torch.tensor(LOWEST_HZ)), _to_mel(torch.tensor(HIGHEST_HZ))
+        lowest, highest = hz_to_mel(torch.tensor(LOWEST_HZ)), hz_to_mel(torch.tensor(HIGHEST_HZ))
         step = (highest - lowest) / (bands + 1)
-        centre_hz = _to_hz(lowest + step * torch.arange(1, bands + 1))
-        source_mel = _to_mel(centre_hz[None, :] / self._factor[:, None])
+        centre_hz = mel_to_hz(lowest + step * torch.arange(1, bands + 1))
+        source_mel = hz_to_mel(centre_hz[None, :] / self._factor[:, None])
         position = ((source_mel - lowest) / step - 1).clamp(0, bands - 1)
         below = position.floor().clamp(max=bands - 2)
         share = (position - below)[:, :, None].to(features.dtype)
@@ -90,11 +90,3 @@ class SpectralAugment:
             shape = (features.shape[0], size, 1) if axis == 1 else (features.shape[0], 1, size)
             features = features.masked_fill(hidden.reshape(shape), 0.0)
         return features
-
-
-def _to_mel(hz: Tensor) -> Tensor:
-    return 2595.0 * torch.log10(1.0 + hz / 700.0)
-
-
-def _to_hz(mel: Tensor) -> Tensor:
-    return 700.0 * (10.0 ** (mel / 2595.0) - 1.0)

@@ -63,10 +63,6 @@ class SelfSupervised(nn.Module):
         self.padding_matters: bool = config.feat_extract_norm == "group"
 
     @property
-    def parameters_count(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters())
-
-    @property
     def reach(self) -> int:
         """Samples under one frame."""
         reach = 1

@@ -1,6 +1,5 @@
 """The rewritten graph computes the same, and ONNX Runtime keeps its blocked layout in it."""
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 
 from model_store.graph import OUTPUTS
 from model_store.inference import open_session
-from training.export import ServedGraph, run_graph, to_onnx
+from training.export import run_graph, to_onnx, traced
 from training.students.edge import Edge
 
 
@@ -19,22 +18,6 @@ from training.students.edge import Edge
 def student() -> Edge:
     torch.manual_seed(3)
     return Edge(6).eval()
-
-
-def plain(student: Edge) -> bytes:
-    """The graph as torch exports it, with a batch and a length that are free."""
-    stream = io.BytesIO()
-    torch.onnx.export(
-        ServedGraph(student).eval(),
-        (torch.zeros(2, 16_000), torch.tensor([16_000, 8000])),
-        stream,  # type: ignore[arg-type]  # as in training/export.py
-        dynamo=False,
-        opset_version=17,
-        input_names=["waveform", "lengths"],
-        output_names=list(OUTPUTS),
-        dynamic_axes={"waveform": {0: "batch", 1: "samples"}, "lengths": {0: "batch"}},
-    )
-    return stream.getvalue()
 
 
 def reorders(graph: bytes, folder: Path) -> int:
@@ -47,9 +30,8 @@ def reorders(graph: bytes, folder: Path) -> int:
     return sum(node.op_type.startswith("Reorder") for node in nodes)
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_the_same_outputs_with_a_third_of_the_conversions(student: Edge, tmp_path: Path) -> None:
-    before, after = plain(student), to_onnx(student)
+    before, after = traced(student), to_onnx(student)
     rng = np.random.default_rng(0)
     clips = [(rng.standard_normal(size) * 0.1).astype(np.float32) for size in (1700, 16_000, 40_001)]
     wanted, found = (run_graph(open_session(graph, threads=1), clips) for graph in (before, after))

@@ -60,12 +60,20 @@ class LogMel(nn.Module):
 def mel_filters(mels: int, bins: int, sample_rate_hz: int) -> Tensor:
     """Triangles of equal height on the HTK mel scale, [bins, mels], float64."""
 
-    def to_mel(hz: float) -> float:
-        return 2595.0 * math.log10(1.0 + hz / 700.0)
-
-    edges_mel = torch.linspace(to_mel(LOWEST_HZ), to_mel(HIGHEST_HZ), mels + 2, dtype=torch.float64)
-    edges_hz = 700.0 * (10.0 ** (edges_mel / 2595.0) - 1.0)
+    ends_hz = torch.tensor([LOWEST_HZ, HIGHEST_HZ], dtype=torch.float64)
+    lowest, highest = hz_to_mel(ends_hz).tolist()
+    edges_hz = mel_to_hz(torch.linspace(lowest, highest, mels + 2, dtype=torch.float64))
     bin_hz = torch.linspace(0.0, sample_rate_hz / 2, bins, dtype=torch.float64)
     rising = (bin_hz[:, None] - edges_hz[:-2]) / (edges_hz[1:-1] - edges_hz[:-2])
     falling = (edges_hz[2:] - bin_hz[:, None]) / (edges_hz[2:] - edges_hz[1:-1])
     return torch.minimum(rising, falling).clamp(min=0.0)
+
+
+def hz_to_mel(hz: Tensor) -> Tensor:
+    """The HTK mel scale."""
+    return 2595.0 * torch.log10(1.0 + hz / 700.0)
+
+
+def mel_to_hz(mel: Tensor) -> Tensor:
+    """Inverse of `hz_to_mel`."""
+    return 700.0 * (10.0 ** (mel / 2595.0) - 1.0)
