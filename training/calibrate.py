@@ -28,8 +28,8 @@ from training.evaluation.statistics import (
 )
 from training.evaluation.tasks import clip_accuracy, plan_trials, run_trials
 from training.export import write_draft
-from training.manifest import CALIBRATION_FOLD, Clip, Data, Recording, read_data
-from training.recipe import Recipe
+from training.finished import origin
+from training.manifest import CALIBRATION_FOLD, Clip, Data, Recording
 
 WINDOWS_S = (0.6, 1.0, 1.6)
 # A shorter window parts neighbouring words better; a difference below this is chance on our fold.
@@ -58,33 +58,33 @@ class _SpeakerFit:
 def calibrate(draft: Path, *, data_root: Path | None, say: Say) -> Manifest:
     """Rewrite the manifest of the draft in place and return it. Raises TrainingError."""
     manifest = open_bundle(draft).manifest
-    recipe = Recipe.model_validate(manifest.lineage.recipe)
-    data = read_data(
-        data_root or recipe.data.root, calibration_fraction=recipe.data.calibration_fraction, seed=recipe.seed
-    )
+    source = origin(manifest.lineage.recipe)
+    data = source.read(data_root)
     fold = data.split(CALIBRATION_FOLD)
     if not fold:
-        raise TrainingError("the recipe sets no speakers aside (data.calibration_fraction is 0)")
+        raise TrainingError("the recipe sets no speakers aside (its calibration fraction is 0)")
     manifest = _uncalibrated(manifest)
     manifest = _with_window(manifest, _best_window(draft, manifest, fold, say))
     with _serving(draft, manifest) as client:
         thresholds = _thresholds(client, manifest, data, fold, say)
     cohort_top, speaker = _best_cohort(draft, manifest, fold, say)
     people = len({clip.speaker for clip in fold if clip.speaker})
-    source = f"{people} training speakers set aside (fold {CALIBRATION_FOLD!r}, seed {recipe.seed}), {len(fold)} clips"
+    fitted_on = (
+        f"{people} training speakers set aside (fold {CALIBRATION_FOLD!r}, seed {source.seed}), {len(fold)} clips"
+    )
     keywords = manifest.keywords.model_copy(
         update={
             "labels": tuple(
                 Keyword(label=entry.label, threshold=thresholds[entry.label], typical_s=entry.typical_s)
                 for entry in manifest.keywords.labels
             ),
-            "thresholds_from": f"{BUDGET_PER_HOUR:g} false alarm an hour and keyword on {source}",
+            "thresholds_from": f"{BUDGET_PER_HOUR:g} false alarm an hour and keyword on {fitted_on}",
         }
     )
     calibrated = manifest.speaker.model_copy(
         update={
             "calibration": Calibration(
-                scale=speaker.scale, offset=speaker.offset, fitted_on=f"{source}: {speaker.note}"
+                scale=speaker.scale, offset=speaker.offset, fitted_on=f"{fitted_on}: {speaker.note}"
             ),
             "cohort_file": manifest.speaker.cohort_file if speaker.with_cohort else None,
             "cohort_top": cohort_top,

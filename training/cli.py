@@ -1,4 +1,4 @@
-"""`sotto train | export | calibrate | evaluate`."""
+"""`sotto train | pretrain | distil | finetune | export | calibrate | evaluate`."""
 
 from __future__ import annotations
 
@@ -26,14 +26,17 @@ app = typer.Typer(help="Training.")
 console = Console()
 
 DataRoot = Annotated[Path | None, typer.Option("--data", help="Folder with manifest.csv; default: the recipe's.")]
+RunFolder = Annotated[Path | None, typer.Option("--run", help="Run folder; default runs/NAME.")]
+CacheFolder = Annotated[Path, typer.Option("--cache", help="Decoded audio is kept here.")]
+StopAfter = Annotated[int | None, typer.Option(help="Stop at this step; the same command goes on.")]
 
 
 @app.command()
 def train(
     recipe: Path,
-    run: Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME.")] = None,
-    cache: Annotated[Path, typer.Option(help="Decoded audio is kept here.")] = Path(".cache"),
-    stop_after: Annotated[int | None, typer.Option(help="Stop at this step; the same command goes on.")] = None,
+    run: RunFolder = None,
+    cache: CacheFolder = Path(".cache"),
+    stop_after: StopAfter = None,
     data: DataRoot = None,
 ) -> None:
     """Train RECIPE, or go on with an interrupted run of it."""
@@ -48,6 +51,76 @@ def train(
         if data is not None:
             loaded = loaded.model_copy(update={"data": loaded.data.model_copy(update={"root": data})})
         folder = run_training(loaded, run or Path("runs") / loaded.name, cache, stop_after=stop_after)
+    except TrainingError as error:
+        raise _failed(error) from error
+    console.print(f"run folder: {folder}")
+
+
+@app.command()
+def pretrain(
+    recipe: Path,
+    run: RunFolder = None,
+    cache: CacheFolder = Path(".cache"),
+    stop_after: StopAfter = None,
+    data: DataRoot = None,
+) -> None:
+    """Make a teacher from audio without labels, by masked prediction as RECIPE says (HuBERT)."""
+    from training.pretrain import PretrainRecipe
+    from training.pretrain import pretrain as run_pretraining
+    from training.recipe import read_recipe
+
+    try:
+        loaded = read_recipe(recipe, PretrainRecipe)
+        loaded = loaded.model_copy(update={"data": data or loaded.data})
+        folder = run_pretraining(loaded, run or Path("runs") / loaded.name, cache, stop_after=stop_after)
+    except TrainingError as error:
+        raise _failed(error) from error
+    console.print(f"teacher: {folder}")
+
+
+@app.command()
+def distil(
+    recipe: Path,
+    teacher: Annotated[str | None, typer.Option(help="Hub name or folder; default: the recipe's.")] = None,
+    run: RunFolder = None,
+    cache: CacheFolder = Path(".cache"),
+    stop_after: StopAfter = None,
+    data: DataRoot = None,
+) -> None:
+    """Teach a small student to predict a large model's layers, as RECIPE says; labels are not used."""
+    from training.distil import DistilRecipe
+    from training.distil import distil as run_distillation
+    from training.recipe import read_recipe
+
+    try:
+        loaded = read_recipe(recipe, DistilRecipe)
+        loaded = loaded.model_copy(update={"data": data or loaded.data})
+        folder = run_distillation(
+            loaded, run or Path("runs") / loaded.name, cache, teacher=teacher, stop_after=stop_after
+        )
+    except TrainingError as error:
+        raise _failed(error) from error
+    console.print(f"run folder: {folder}")
+
+
+@app.command()
+def finetune(
+    recipe: Path,
+    init: Annotated[str | None, typer.Option(help="Hub name or folder to begin with; default: the recipe's.")] = None,
+    run: RunFolder = None,
+    cache: CacheFolder = Path(".cache"),
+    stop_after: StopAfter = None,
+    data: DataRoot = None,
+) -> None:
+    """Fine-tune a model for keywords and speakers, as RECIPE says."""
+    from training.finetune import FinetuneRecipe
+    from training.finetune import finetune as run_finetuning
+    from training.recipe import read_recipe
+
+    try:
+        loaded = read_recipe(recipe, FinetuneRecipe)
+        loaded = loaded.model_copy(update={"data": data or loaded.data})
+        folder = run_finetuning(loaded, run or Path("runs") / loaded.name, cache, init=init, stop_after=stop_after)
     except TrainingError as error:
         raise _failed(error) from error
     console.print(f"run folder: {folder}")

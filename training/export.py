@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +24,6 @@ from model_store import (
     GraphInfo,
     Keyword,
     KeywordInfo,
-    Lineage,
     Manifest,
     SpeakerInfo,
 )
@@ -37,11 +35,10 @@ from model_store.store import MANIFEST
 from training.alignment import loudest_speech
 from training.audio_cache import SAMPLE_RATE_HZ, decode
 from training.errors import ExportError
+from training.finished import Finished, open_run, origin
 from training.layout import keep_blocked
-from training.manifest import Clip, labels_of, read_data
-from training.recipe import Recipe
-from training.run import chosen, load_student
-from training.students.edge import FRAME_HOP, FRAME_STRIDE, STEM_STRIDE, Edge
+from training.manifest import Clip, labels_of
+from training.students.edge import FRAME_STRIDE, STEM_STRIDE, Edge
 from training.students.frontend import HOP
 
 OPSET = 17
@@ -60,7 +57,7 @@ Array = npt.NDArray[np.float32]
 class ServedGraph(nn.Module):
     """The student's outputs as the bundle's contract names them; the mask stays inside."""
 
-    def __init__(self, student: Edge) -> None:
+    def __init__(self, student: nn.Module) -> None:
         super().__init__()
         self.student = student
 
@@ -71,23 +68,22 @@ class ServedGraph(nn.Module):
 
 def export(run_folder: Path, out: Path, *, name: str, data_root: Path | None = None) -> Manifest:
     """Write the draft bundle into `out` and return its manifest. Raises RunError, ExportError."""
-    student, run = load_student(run_folder)
-    recipe = Recipe.model_validate(run["recipe"])
-    data = read_data(
-        data_root or recipe.data.root, calibration_fraction=recipe.data.calibration_fraction, seed=recipe.seed
-    )
-    graph = to_onnx(student)
+    finished = open_run(run_folder)
+    source = origin(finished.lineage.recipe)
+    data = source.read(data_root)
+    network = finished.network
+    graph = to_onnx(network) if isinstance(network, Edge) else traced(network)
     session = open_session(graph, threads=1)
-    check_graph_equals_network(session, student)
-    trained_on = chosen(recipe, data.split("train"))
+    check_graph_equals_network(session, network)
+    trained_on = source.choose(data.split("train"))
     golden_clip = _golden_waveform()
     files = {
         "model.onnx": graph,
         "golden.npz": pack(golden_clip, {key: value[0] for key, value in run_graph(session, [golden_clip]).items()}),
-        "cohort.f32": speaker_cohort(student, [clip for clip in trained_on if clip.speaker]).astype("<f4").tobytes(),
+        "cohort.f32": speaker_cohort(network, [clip for clip in trained_on if clip.speaker]).astype("<f4").tobytes(),
         "MODEL_CARD.md": f"# {name}\n\nUncalibrated draft.\n".encode(),
     }
-    manifest = _manifest(name, run, student, trained_on, files)
+    manifest = _manifest(name, finished, trained_on, files)
     write_draft(out, manifest, files)
     return manifest
 
@@ -98,7 +94,7 @@ def to_onnx(student: Edge) -> bytes:
     return keep_blocked(traced(student), hop=HOP, strides=strides)
 
 
-def traced(student: Edge) -> bytes:
+def traced(student: nn.Module) -> bytes:
     """The graph as torch writes it, batch and samples dynamic, batch norms folded into convolutions."""
     stream = io.BytesIO()
     waveform = torch.zeros(2, SAMPLE_RATE_HZ)
@@ -127,7 +123,7 @@ def traced(student: Edge) -> bytes:
     return stream.getvalue()
 
 
-def check_graph_equals_network(session: Session, student: Edge) -> None:
+def check_graph_equals_network(session: Session, student: nn.Module) -> None:
     """ONNX against torch, padded against alone, batch against single: all within TOLERANCE.
 
     Raises ExportError with the worst difference.
@@ -162,7 +158,7 @@ def run_graph(session: Session, clips: list[Array]) -> dict[str, Array]:
 
 
 @torch.no_grad()
-def speaker_cohort(student: Edge, clips: list[Clip]) -> Array:
+def speaker_cohort(student: nn.Module, clips: list[Clip]) -> Array:
     """One unit vector for each training speaker: the mean embedding of up to 20 of their clips."""
     by_speaker: dict[str, list[Clip]] = {}
     for clip in clips:
@@ -187,50 +183,40 @@ def write_draft(out: Path, manifest: Manifest, files: Mapping[str, bytes]) -> No
     (out / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
 
-def _manifest(
-    name: str, run: dict[str, Any], student: Edge, trained_on: list[Clip], files: Mapping[str, bytes]
-) -> Manifest:
-    labels = run["labels"]
+def _manifest(name: str, finished: Finished, trained_on: list[Clip], files: Mapping[str, bytes]) -> Manifest:
+    labels = finished.labels
     typical = _typical_durations(trained_on, labels)
-    hop_s = FRAME_HOP / SAMPLE_RATE_HZ
+    parameters = sum(parameter.numel() for parameter in finished.network.parameters())
     return Manifest(
         name=name,
         version=0,
         created_at=datetime.now(UTC),
         licence="CC-BY-SA-4.0",
         files={file: describe(content) for file, content in files.items()},
-        graph=GraphInfo(
-            file="model.onnx", opset=OPSET, parameters=sum(parameter.numel() for parameter in student.parameters())
-        ),
+        graph=GraphInfo(file="model.onnx", opset=OPSET, parameters=parameters),
         audio=AudioLimits(shortest_s=SHORTEST_S, longest_s=LONGEST_S),
         keywords=KeywordInfo(
             labels=tuple(
                 Keyword(label=label, threshold=PLACEHOLDER_THRESHOLD, typical_s=typical[label]) for label in labels
             ),
-            frame_hop_s=hop_s,
+            frame_hop_s=finished.frame_hop_s,
             window_s=WINDOW_S,
             refractory_s=REFRACTORY_S,
             thresholds_from="placeholders; run `sotto calibrate`",
         ),
         speaker=SpeakerInfo(
-            dim=student.shape.speaker_dim,
+            dim=finished.speaker_dim,
             calibration=Calibration(scale=1.0, offset=0.0, fitted_on="nothing; run `sotto calibrate`"),
             threshold=0.0,
             cohort_file="cohort.f32",
         ),
         embedding=EmbeddingInfo(
-            dim=2 * student.shape.task_width,
-            frame_hop_s=hop_s,
-            layers="last keyword block and last speaker block, side by side",
+            dim=finished.embedding_dim,
+            frame_hop_s=finished.frame_hop_s,
+            layers=finished.layers,
         ),
         golden_file="golden.npz",
-        lineage=Lineage(
-            recipe=run["recipe"],
-            recipe_digest=run["recipe_digest"],
-            data=run["data"],
-            git_revision=run["git_revision"],
-            seed=run["seed"],
-        ),
+        lineage=finished.lineage,
     )
 
 

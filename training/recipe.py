@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -15,6 +15,8 @@ from training.errors import RecipeError
 from training.spectral import SpectralRecipe
 from training.students.edge import EdgeShape
 from training.synthesis import SynthesisRecipe
+
+RecipeT = TypeVar("RecipeT", bound=BaseModel)
 
 
 class _Strict(BaseModel):
@@ -63,12 +65,23 @@ class LossRecipe(_Strict):
     shared_gradient_from_step: int = Field(default=0, ge=0)
 
 
+class TeachersRecipe(_Strict):
+    """Finished runs of `sotto train` whose opinion on their own labels is learned beside the labels."""
+
+    runs: tuple[Path, ...] = Field(min_length=1)
+    weight: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=2.0, gt=0)
+    from_step: int = Field(default=0, ge=0)
+
+
 class Recipe(_Strict):
     """The whole file."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
     student: Literal["edge"] = "edge"
     seed: int = 0
+    # Another start and another order of the same data, for an ensemble; the calibration fold stays.
+    variant: int = Field(default=0, ge=0, lt=1000)
     data: DataRecipe
     shape: EdgeShape = EdgeShape()
     sampling: SamplingRecipe = SamplingRecipe()
@@ -76,6 +89,12 @@ class Recipe(_Strict):
     spectral: SpectralRecipe = SpectralRecipe()
     schedule: ScheduleRecipe
     loss: LossRecipe = LossRecipe()
+    teachers: TeachersRecipe | None = None
+
+    @property
+    def draw_seed(self) -> int:
+        """What weights, batches and dropout are drawn from."""
+        return self.seed + 1_000_000_007 * self.variant
 
     def digest(self) -> str:
         """SHA-256 over what was decided; where the data lies does not count."""
@@ -83,9 +102,14 @@ class Recipe(_Strict):
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read a recipe; a relative data root is taken from the working directory. Raises RecipeError."""
+    """Read a recipe of `sotto train`; a relative data root is taken from the working directory. Raises RecipeError."""
+    return read_recipe(path, Recipe)
+
+
+def read_recipe(path: Path, kind: type[RecipeT]) -> RecipeT:
+    """Read a recipe of any kind. Raises RecipeError, naming each field that is wrong."""
     try:
-        return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return kind.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -45,6 +45,28 @@ class HiddenStates:
     mask: Tensor  # [B, T] bool, True within the clip
 
 
+class ClipGroupNorm(nn.GroupNorm):
+    """The base models' first norm, each channel over time, with each clip's own frames only.
+
+    transformers' counts padding in, so a clip's frames depend on what it was batched with;
+    alone, both give the same.
+    """
+
+    lengths: Tensor | None = None  # [B], frames of the first convolution
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, T] -> the same."""
+        if self.lengths is None:
+            return super().forward(x)
+        inside = (torch.arange(x.shape[2], device=x.device)[None, :] < self.lengths[:, None])[:, None, :]
+        wide = x.float() * inside
+        count = inside.sum(dim=2, keepdim=True)
+        mean = wide.sum(dim=2, keepdim=True) / count
+        variance = ((wide - mean) * inside).square().sum(dim=2, keepdim=True) / count
+        out = (wide - mean) / torch.sqrt(variance + self.eps) * self.weight[None, :, None] + self.bias[None, :, None]
+        return out.to(x.dtype)
+
+
 class SelfSupervised(nn.Module):
     """A model of one of the families with its input normalisation: waveforms in, every layer's frames out."""
 
@@ -59,8 +81,7 @@ class SelfSupervised(nn.Module):
         self._kernels: tuple[int, ...] = tuple(config.conv_kernel)
         self._strides: tuple[int, ...] = tuple(config.conv_stride)
         self.hop = math.prod(self._strides)
-        # The first layer of the base models normalises each channel over time, padding included.
-        self.padding_matters: bool = config.feat_extract_norm == "group"
+        _mask_first_norm(model)
 
     @property
     def reach(self) -> int:
@@ -81,45 +102,40 @@ class SelfSupervised(nn.Module):
         """The sample at the middle of each frame, [frames] float."""
         return torch.arange(frames) * float(self.hop) + self.reach / 2
 
-    def forward(self, waveform: Tensor, lengths: Tensor) -> HiddenStates:
-        """Waveform [B, N] in [-1, 1] at 16 kHz, lengths [B] in samples.
+    def forward(self, waveform: Tensor, lengths: Tensor, hidden_mask: Tensor | None = None) -> HiddenStates:
+        """Waveform [B, N] in [-1, 1] at 16 kHz, lengths [B] in samples; each clip's frames are those it gives alone.
 
-        Each clip's frames are those that it gives alone: where the architecture lets padding in, clips of
-        different lengths go through one length at a time.
+        `hidden_mask` [B, T] bool: these frames of the encoder's input are replaced by the model's learned
+        stand-in (masked prediction).
         """
-        counts = [self.frames(int(length)) for length in lengths]
-        mask = torch.arange(max(counts))[None, :] < torch.tensor(counts)[:, None]
-        mask = mask.to(waveform.device)
-        if not self.padding_matters or len(set(lengths.tolist())) == 1:
-            return HiddenStates(self._run(waveform, lengths), mask)
-        hidden = [waveform.new_zeros(len(counts), max(counts), self.width) for _ in range(self.layers + 1)]
-        for length in sorted(set(lengths.tolist())):
-            rows = torch.nonzero(lengths == length).flatten()
-            part = self._run(waveform[rows, :length], lengths[rows])
-            for whole, piece in zip(hidden, part, strict=True):
-                whole[rows, : piece.shape[1]] = piece.to(whole.dtype)
-        return HiddenStates(tuple(hidden), mask)
-
-    def _run(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
-        waveform = waveform[:, : int(lengths.max())]
-        waveform = nn.functional.pad(waveform, (0, max(0, self.reach - waveform.shape[1])))
-        inside = torch.arange(waveform.shape[1], device=waveform.device)[None, :] < lengths[:, None]
+        if waveform.shape[1] < self.reach:
+            waveform = nn.functional.pad(waveform, (0, self.reach - waveform.shape[1]))
+        samples = torch.arange(waveform.shape[1], device=waveform.device)[None, :]
+        inside = samples < lengths[:, None]
         if self.normalise:
             waveform = _zero_mean_unit_variance(waveform, inside)
         waveform = waveform * inside
         # Clips too short for a frame have one all the same; the attention must not be empty.
-        attended = inside | (torch.arange(waveform.shape[1], device=waveform.device)[None, :] < self.reach)
-        padded = bool((~attended).any())
+        lengths = lengths.clamp(min=self.reach)
+        first = _first_layer(self.model)
+        if isinstance(getattr(first, "layer_norm", None), ClipGroupNorm):
+            first.layer_norm.lengths = (lengths - self._kernels[0]).div(self._strides[0], rounding_mode="floor") + 1
+        counts = lengths
+        for kernel, stride in zip(self._kernels, self._strides, strict=True):
+            counts = (counts - kernel).div(stride, rounding_mode="floor") + 1
         with warnings.catch_warnings():
             # WavLM's code hands torch a float and a boolean mask together; torch only says so.
             warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
             found = self.model(
                 waveform,
-                attention_mask=attended.long() if padded else None,
+                attention_mask=(samples < lengths[:, None]).long(),
+                mask_time_indices=hidden_mask,
                 output_hidden_states=True,
                 return_dict=True,
             )
-        return tuple(found.hidden_states)
+        hidden = tuple(found.hidden_states)
+        frames = torch.arange(hidden[0].shape[1], device=waveform.device)[None, :]
+        return HiddenStates(hidden, frames < counts[:, None])
 
 
 class Teacher(SelfSupervised):
@@ -135,9 +151,9 @@ class Teacher(SelfSupervised):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, waveform: Tensor, lengths: Tensor) -> HiddenStates:
+    def forward(self, waveform: Tensor, lengths: Tensor, hidden_mask: Tensor | None = None) -> HiddenStates:
         """As SelfSupervised, without a graph behind the outputs."""
-        return super().forward(waveform, lengths)
+        return super().forward(waveform, lengths, hidden_mask)
 
 
 def load_teacher(source: str) -> Teacher:
@@ -218,6 +234,21 @@ def _config(source: str, *, local: bool) -> PretrainedConfig:
     if config.model_type not in FAMILIES:
         raise TeacherError(f"{source} is a {config.model_type!r} model; teachers are {', '.join(FAMILIES)}")
     return config
+
+
+def _first_layer(model: PreTrainedModel) -> Any:
+    encoder: Any = model.feature_extractor
+    return encoder.conv_layers[0]
+
+
+def _mask_first_norm(model: PreTrainedModel) -> None:
+    """Put a ClipGroupNorm, same weights and names, where the model has a GroupNorm."""
+    first = _first_layer(model)
+    found: nn.Module | None = getattr(first, "layer_norm", None)
+    if isinstance(found, nn.GroupNorm) and not isinstance(found, ClipGroupNorm):
+        masked = ClipGroupNorm(found.num_groups, found.num_channels, found.eps)
+        masked.load_state_dict(found.state_dict())
+        first.layer_norm = masked
 
 
 def _zero_mean_unit_variance(waveform: Tensor, inside: Tensor) -> Tensor:

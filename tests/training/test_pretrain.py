@@ -1,0 +1,163 @@
+"""Masked prediction: units, hidden spans, the loss, and a teacher that comes out of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import HubertModel
+
+from training.audio_cache import AudioCache
+from training.cuts import CutBatches, Waves, cuts_of
+from training.errors import ManifestError, RunError
+from training.manifest import read_data
+from training.pretrain import (
+    MaskedPrediction,
+    Mfcc,
+    PretrainRecipe,
+    TeacherShape,
+    Units,
+    hide_spans,
+    pretrain,
+)
+from training.teachers import SelfSupervised, load_teacher
+
+TINY = {"hidden_size": 16, "layers": 2, "heads": 2, "feed_forward": 32, "conv_channels": 8}
+
+
+def recipe(data: Path, **changes: object) -> PretrainRecipe:
+    schedule = {"steps": 6, "checkpoint_every": 2, "watch_every": 3, "workers": 0, "peak_learning_rate": 1e-3}
+    settings = {
+        "name": "tiny", "data": data, "shape": TINY, "batch_s": 8.0, "fold": 0.1,
+        "passes": [{"clusters": 6, "schedule": schedule}, {"clusters": 8, "layer": 1, "schedule": schedule}],
+    }  # fmt: skip
+    return PretrainRecipe.model_validate({**settings, **changes})
+
+
+def batches(data: Path, cache: Path, **changes: float) -> CutBatches:
+    clips = read_data(data).split("train")
+    decoded = AudioCache.build(cache, [clip.path for clip in clips])
+    settings = {"batch_s": 8.0, "longest_s": 4.0, "seed": 1, **changes}
+    return CutBatches(cuts_of(clips, decoded), decoded, **settings)  # type: ignore[arg-type]
+
+
+def test_an_epoch_holds_every_recording_once(made_data: Path, tmp_path: Path) -> None:
+    source = batches(made_data, tmp_path)
+    clips = read_data(made_data).split("train")
+    names: list[str] = []
+    number = 0
+    while len(names) < len(clips):
+        names += source[number].names
+        number += 1
+    assert sorted(names) == sorted(clip.key for clip in clips)
+    assert sorted(names) != names
+
+
+def test_a_batch_is_a_function_of_its_number(made_data: Path, tmp_path: Path) -> None:
+    one, other = batches(made_data, tmp_path), batches(made_data, tmp_path)
+    far = [one[number] for number in (40, 3, 0)]
+    for first, second in zip(far, [other[number] for number in (40, 3, 0)], strict=True):
+        assert first.names == second.names
+        assert torch.equal(first.waveform, second.waveform)
+    assert batches(made_data, tmp_path, seed=2)[0].names != far[2].names
+
+
+def test_batches_hold_at_most_the_asked_seconds_and_long_clips_come_in_windows(made_data: Path, tmp_path: Path) -> None:
+    source = batches(made_data, tmp_path, batch_s=3.0, longest_s=0.4)
+    batch = source[0]
+    assert int(batch.lengths.sum()) <= 3.0 * 16_000 + 8000
+    assert int(batch.lengths.max()) <= 0.4 * 16_000
+    assert any(batch.starts)
+
+
+def test_nothing_long_enough_is_said(made_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match="no recording"):
+        batches(made_data, tmp_path, longest_s=0.05)
+
+
+def test_mfcc_has_a_frame_for_each_of_the_cnn_s() -> None:
+    trunk = SelfSupervised(HubertModel(TeacherShape.model_validate(TINY).config()), normalise=False)
+    for samples in (400, 719, 720, 16_000, 23_456):
+        assert Mfcc()(torch.randn(1, samples)).shape == (1, trunk.frames(samples), 39)
+
+
+def test_hidden_spans_cover_about_half_of_the_frames_and_stay_inside() -> None:
+    torch.manual_seed(0)
+    counts = [400] * 50 + [7, 1]
+    hidden = hide_spans(counts, 400, span=10, share=0.8)
+    assert 0.45 < hidden[:50].float().mean() < 0.65
+    assert hidden.any(dim=1).all()
+    assert not hidden[50, 7:].any()
+    assert not hidden[51, 1:].any()
+
+
+def test_units_are_the_nearest_centres() -> None:
+    batch = Waves(torch.randn(2, 8000, generator=torch.Generator().manual_seed(0)), torch.tensor([8000, 8000]))
+    features = Mfcc()(batch.waveform)
+    centres = features[0, :5].numpy()
+    assert Units(centres)(batch)[0, :5].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_only_hidden_frames_are_asked_for_and_what_was_there_is_not_seen() -> None:
+    """Changing the audio under a hidden frame alone must not change the model's input there."""
+    torch.manual_seed(0)
+    trunk = SelfSupervised(HubertModel(TeacherShape.model_validate(TINY).config()), normalise=False).eval()
+    hidden = torch.zeros(1, 49, dtype=torch.bool)
+    hidden[0, 10:20] = True
+    wave = torch.randn(1, 16_000)
+    found = trunk(wave, torch.tensor([16_000]), hidden).hidden
+    plain = trunk(wave, torch.tensor([16_000])).hidden
+    assert not torch.allclose(found[-1], plain[-1])
+    stand_in = trunk.model.masked_spec_embed
+    assert stand_in.requires_grad
+
+
+def test_the_loss_is_the_paper_s() -> None:
+    """All units equal in similarity: the loss is log C. The right one at cosine 1, others at -1: near 0."""
+    torch.manual_seed(0)
+    trunk = SelfSupervised(HubertModel(TeacherShape.model_validate(TINY).config()), normalise=False)
+    batch = Waves(torch.randn(2, 16_000), torch.tensor([16_000, 9000]))
+    units = Units(np.zeros((1, 39), dtype=np.float32))
+    stage = MaskedPrediction(trunk, 4, units, span=10, share=0.8)
+    with torch.no_grad():
+        stage.embedding.copy_(torch.ones_like(stage.embedding))
+    assert float(stage(batch, 0)["total"]) == pytest.approx(np.log(4), abs=1e-4)
+    with torch.no_grad():
+        stage.project.weight.zero_()
+        stage.project.bias.fill_(1.0)
+        stage.embedding[1:] = -1.0
+    terms = stage(batch, 0)
+    assert float(terms["total"]) == pytest.approx(3 * np.exp(-20), abs=1e-4)
+    assert float(terms["accuracy"]) == 1.0
+
+
+def test_two_passes_make_a_teacher_that_loads_like_any_other(made_data: Path, tmp_path: Path) -> None:
+    folder = pretrain(recipe(made_data), tmp_path / "run", tmp_path / "cache")
+    teacher = load_teacher(str(folder))
+    assert (teacher.layers, teacher.width, teacher.hop) == (2, 16, 320)
+    assert teacher(torch.randn(1, 16_000), torch.tensor([16_000])).hidden[-1].shape == (1, 49, 16)
+    first = np.load(tmp_path / "run/pass-1/units.npz")["centres"]
+    second = np.load(tmp_path / "run/pass-2/units.npz")["centres"]
+    assert (first.shape, second.shape) == ((6, 39), (8, 16))
+
+
+def test_an_interrupted_pretraining_ends_with_the_same_teacher(made_data: Path, tmp_path: Path) -> None:
+    whole = pretrain(recipe(made_data), tmp_path / "whole", tmp_path / "cache")
+    assert pretrain(recipe(made_data), tmp_path / "parts", tmp_path / "cache", stop_after=3).name == "pass-1"
+    parts = pretrain(recipe(made_data), tmp_path / "parts", tmp_path / "cache")
+    one, other = load_teacher(str(whole)).state_dict(), load_teacher(str(parts)).state_dict()
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_clusters_of_a_layer_need_a_pass_before(made_data: Path, tmp_path: Path) -> None:
+    only = [{"clusters": 4, "layer": 1, "schedule": {"steps": 1}}]
+    with pytest.raises(RunError, match="no model before it"):
+        pretrain(recipe(made_data, passes=only), tmp_path / "run", tmp_path / "cache")
+
+
+def test_the_default_shape_is_hubert_base() -> None:
+    with torch.device("meta"):
+        model = HubertModel(TeacherShape().config())
+    assert sum(parameter.numel() for parameter in model.parameters()) == 94_371_712
