@@ -42,10 +42,6 @@ class SamplingRecipe:
     crop_s: float = 1.6
     corpus_weight: dict[str, float] | None = None
     p_noise_only: float = 0.05
-    # Short clips that end where their audio ends, as when served; the others float in silence.
-    p_alone: float = 0.5
-    # At most this much is cut from each end of a clip that fits into a crop, never from its word.
-    trim_s: float = 0.0
     # Corpora of untranscribed speech may hold everyday words unmarked ("two coffees"). They count as
     # proof of absence only for the labels of these corpora.
     certain_negatives: tuple[str, ...] = ()
@@ -152,9 +148,7 @@ class BatchSource(Dataset[Batch]):
             keep_word = begin is None
             if begin is not None:
                 return self._read(clip, begin, reach, speed, size, rng, (0.0, 0.0), False)
-        if self._sampling.trim_s and total <= reach:
-            begin, reach = self._trimmed(word if keep_word else (0, total), total, rng)
-        elif keep_word:
+        if keep_word:
             low, high = max(0, word[1] - reach), min(word[0], total - reach)
             begin = int(rng.integers(min(low, high), max(low, high) + 1))
         else:
@@ -162,13 +156,6 @@ class BatchSource(Dataset[Batch]):
         begin = min(max(begin, 0), total - reach)
         inside = ((word[0] - begin) / speed / SAMPLE_RATE_HZ, (word[1] - begin) / speed / SAMPLE_RATE_HZ)
         return self._read(clip, begin, reach, speed, size, rng, inside, keep_word)
-
-    def _trimmed(self, keep: tuple[int, int], total: int, rng: np.random.Generator) -> tuple[int, int]:
-        """(start, length) of a clip of `total` samples after a random cut at both ends."""
-        most = int(self._sampling.trim_s * SAMPLE_RATE_HZ)
-        first = int(rng.integers(min(most, max(0, keep[0])) + 1))
-        last = total - int(rng.integers(min(most, max(0, total - keep[1])) + 1))
-        return first, last - first
 
     def _read(
         self,
@@ -184,7 +171,9 @@ class BatchSource(Dataset[Batch]):
         samples = change_speed(self._cache.read(clip.path, begin, begin + reach), speed)[:size]
         crop = np.zeros(size, dtype=np.float32)
         room = size - len(samples)
-        alone = room > 0 and rng.random() < self._sampling.p_alone
+        # Half of the short clips end where their audio ends, as they will when served; the others
+        # float in silence, as they will in long audio.
+        alone = room > 0 and rng.random() < 0.5
         offset = 0 if alone or room <= 0 else int(rng.integers(room + 1))
         crop[offset : offset + len(samples)] = samples
         shift = offset / SAMPLE_RATE_HZ

@@ -164,7 +164,8 @@ class Units:
             found: Tensor = self._mfcc(batch.waveform)
             return found
         self._teacher.to(batch.waveform.device)
-        return self._teacher(batch.waveform, batch.lengths).hidden[self._layer].float()
+        heard: Tensor = self._teacher(batch.waveform, batch.lengths).hidden[self._layer]
+        return heard.float()
 
 
 class Mfcc(nn.Module):

@@ -65,23 +65,12 @@ class LossRecipe(_Strict):
     shared_gradient_from_step: int = Field(default=0, ge=0)
 
 
-class TeachersRecipe(_Strict):
-    """Finished runs of `sotto train` whose opinion on their own labels is learned beside the labels."""
-
-    runs: tuple[Path, ...] = Field(min_length=1)
-    weight: float = Field(default=1.0, gt=0)
-    temperature: float = Field(default=2.0, gt=0)
-    from_step: int = Field(default=0, ge=0)
-
-
 class Recipe(_Strict):
     """The whole file."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
     student: Literal["edge"] = "edge"
     seed: int = 0
-    # Another start and another order of the same data, for an ensemble; the calibration fold stays.
-    variant: int = Field(default=0, ge=0, lt=1000)
     data: DataRecipe
     shape: EdgeShape = EdgeShape()
     sampling: SamplingRecipe = SamplingRecipe()
@@ -89,12 +78,6 @@ class Recipe(_Strict):
     spectral: SpectralRecipe = SpectralRecipe()
     schedule: ScheduleRecipe
     loss: LossRecipe = LossRecipe()
-    teachers: TeachersRecipe | None = None
-
-    @property
-    def draw_seed(self) -> int:
-        """What weights, batches and dropout are drawn from."""
-        return self.seed + 1_000_000_007 * self.variant
 
     def digest(self) -> str:
         """SHA-256 over what was decided; where the data lies does not count."""

@@ -28,7 +28,6 @@ from training.manifest import CALIBRATION_FOLD, Clip, Data, digest_data, labels_
 from training.monitor import watch
 from training.objectives.speaker import AamSoftmax
 from training.objectives.spotting import clip_loss, frame_loss
-from training.panel import Panel
 from training.recipe import Recipe
 from training.spectral import SpectralAugment
 from training.students.edge import FRAME_HOP, Edge
@@ -76,12 +75,12 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int |
         prepared.cache,
         prepared.labels,
         batch_size=recipe.schedule.batch_size,
-        seed=recipe.draw_seed,
+        seed=recipe.seed,
         sampling=recipe.sampling,
         augment=recipe.augment,
         steps=recipe.schedule.steps,
     )
-    torch.manual_seed(recipe.draw_seed)
+    torch.manual_seed(recipe.seed)
     student = Edge(1 + len(prepared.labels), recipe.shape)
     # Channels last is what the CPU's bfloat16 kernels want; it changes speed, not results' meaning.
     student = student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
@@ -89,9 +88,6 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int |
     optimizer = _optimizer(recipe, [student, angular])
     average = {name: value.detach().clone() for name, value in student.state_dict().items()}
     _write_run_file(recipe, folder, prepared, source, student)
-    panel = None
-    if recipe.teachers is not None:
-        panel = Panel.load(recipe.teachers.runs, prepared.labels, recipe.teachers.temperature)
     done = _restore(folder, recipe, student, angular, optimizer, average)
     last = min(recipe.schedule.steps, stop_after or recipe.schedule.steps)
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done)
@@ -99,7 +95,7 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int |
         bar = progress.add_task(recipe.name, total=recipe.schedule.steps, completed=done, loss="")
         stream = batches(source, done, last, workers=recipe.schedule.workers)
         for step, batch in enumerate(stream, start=done):
-            terms = _step(recipe, step, batch, student, angular, optimizer, panel)
+            terms = _step(recipe, step, batch, student, angular, optimizer)
             _update_average(average, student, recipe.schedule.average_decay, step)
             progress.update(bar, advance=1, loss=f"loss {terms['total']:.3f}")
             if step % 20 == 0:
@@ -136,16 +132,10 @@ def load_student(folder: Path) -> tuple[Edge, dict[str, Any]]:
 
 
 def _step(
-    recipe: Recipe,
-    step: int,
-    batch: Batch,
-    student: Edge,
-    angular: AamSoftmax,
-    optimizer: torch.optim.Optimizer,
-    panel: Panel | None = None,
+    recipe: Recipe, step: int, batch: Batch, student: Edge, angular: AamSoftmax, optimizer: torch.optim.Optimizer
 ) -> dict[str, float]:
     """One update of all parameters with all tasks' losses added; returns the terms."""
-    torch.manual_seed(recipe.draw_seed * 1_000_003 + step)
+    torch.manual_seed(recipe.seed * 1_000_003 + step)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(recipe, step)
     student.train()
@@ -160,16 +150,15 @@ def _step(
     margin = weights.speaker_margin * min(1.0, step / max(1, weights.margin_warmup_steps))
     speaker = angular(out.speaker_embedding[known], batch.speaker[known], margin) if known.any() else clip * 0
     total = weights.clip * clip + weights.frame * frame + weights.speaker * speaker
-    terms = {"clip": clip, "frame": frame, "speaker": speaker}
-    if panel is not None and recipe.teachers is not None and step >= recipe.teachers.from_step:
-        terms["teachers"] = panel.loss(out.keyword_logits, out.mask, batch.waveform, batch.lengths, batch.keyword)
-        total = total + recipe.teachers.weight * terms["teachers"]
     optimizer.zero_grad(set_to_none=True)
     torch.autograd.backward(total)
     parameters = (*student.parameters(), *angular.parameters())
     nn.utils.clip_grad_norm_(parameters, recipe.schedule.gradient_clip)
     optimizer.step()
-    return {name: float(value.detach()) for name, value in {"total": total, **terms}.items()}
+    return {
+        name: float(value.detach())
+        for name, value in (("total", total), ("clip", clip), ("frame", frame), ("speaker", speaker))
+    }
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:

@@ -11,19 +11,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import HubertConfig, HubertModel
 
 from model_store.inference import open_session
-from tests.training.test_pretrain import TINY
 from tests.training.test_pretrain import recipe as pretrain_recipe
+from training.audio_cache import AudioCache
+from training.augment import AugmentRecipe
+from training.batches import Batch, BatchSource, SamplingRecipe
 from training.calibrate import calibrate
 from training.distil import DistilRecipe, build, distil
 from training.errors import RunError, TeacherError
 from training.evaluation.client import Upload, served
 from training.export import check_graph_equals_network, export
 from training.finetune import FinetuneRecipe, JointFinetuning, finetune, load_joint, trainable
-from training.manifest import read_data
+from training.manifest import labels_of, read_data
 from training.pretrain import pretrain, save_teacher
 from training.students.distil import PredictionHeads, student_of
 from training.students.joint import JointModel
@@ -141,11 +143,27 @@ def joint(trunk: SelfSupervised) -> JointModel:
     return JointModel(trunk, 5, speaker_dim=8)
 
 
+def one_batch(data_folder: Path, cache_folder: Path) -> Batch:
+    """Of every labelled training clip."""
+    data = read_data(data_folder)
+    clips = [clip for clip in data.split("train") if clip.label and clip.speaker]
+    recordings = [item.path for item in (*data.noises, *data.rooms)]
+    cache = AudioCache.build(cache_folder, [clip.path for clip in clips] + recordings)
+    return BatchSource(
+        data,
+        clips,
+        cache,
+        labels_of(clips),
+        batch_size=8,
+        seed=1,
+        sampling=SamplingRecipe(crop_s=1.0),
+        augment=AugmentRecipe(),
+    )[0]
+
+
 @pytest.mark.parametrize("task", ["keywords", "speakers"])
 def test_in_full_mode_every_weight_of_the_trunk_receives_gradient(chain: Chain, made_data: Path, task: str) -> None:
     """[3] the CNN included."""
-    from tests.training.test_run import one_batch
-
     torch.manual_seed(0)
     model = joint(trainable(str(chain.teacher), 1))
     stage = JointFinetuning(model, 40, tune_recipe(made_data, tasks=(task,)))
@@ -263,10 +281,8 @@ def test_a_run_that_was_only_distilled_cannot_be_exported(chain: Chain, tmp_path
 
 
 def test_the_saved_trunk_says_how_its_input_is_normalised(tmp_path: Path) -> None:
-    shape = HubertConfig(**{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-                            "intermediate_size": 32, "conv_dim": (8,) * 7})  # fmt: skip
+    shape = HubertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, conv_dim=(8,) * 7
+    )
     save_teacher(SelfSupervised(HubertModel(shape), normalise=True), tmp_path)
     assert load_teacher(str(tmp_path)).normalise
-
-
-assert TINY and nn

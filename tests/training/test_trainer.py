@@ -108,29 +108,47 @@ def test_gradients_of_accumulated_batches_are_averaged(tmp_path: Path) -> None:
     assert all(torch.allclose(value, other[name], atol=1e-5) for name, value in one.items())
 
 
-def test_two_processes_take_the_batches_that_one_accumulates(tmp_path: Path) -> None:
-    """`accelerate launch --num_processes 2 --cpu`, as a person would start it."""
-    script = tmp_path / "two.py"
-    script.write_text(
-        "import sys\n"
-        "from dataclasses import replace\n"
-        "from pathlib import Path\n"
-        "from torch import nn\n"
-        "from tests.training.test_trainer import Regression, job\n"
-        "from training.trainer import fit\n"
-        "stage = Regression(); stage.dropout = nn.Dropout(0.0)\n"
-        "fit(replace(job(Path(sys.argv[1])), stage=stage))\n"
-    )
-    launcher = Path(sys.executable).with_name("accelerate")
-    command = [str(launcher), "launch", "--num_processes", "2", "--cpu", str(script), str(tmp_path / "two")]
-    environment = {**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+TRAINING = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from torch import nn
+from tests.training.test_trainer import Regression, job
+from training.trainer import fit
+stage = Regression(); stage.dropout = nn.Dropout(0.0)
+fit(replace(job(Path(sys.argv[1])), stage=stage))
+"""
+
+
+def launch(command: list[str], folder: Path) -> dict[str, Tensor]:
+    """Weights of a run of `TRAINING` that `command` starts."""
+    script = folder.with_suffix(".py")
+    script.write_text(TRAINING)
+    environment = {**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*command, str(script), str(folder)],
+        env=environment, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
+    found: dict[str, Tensor] = torch.load(folder / "last.pt", weights_only=True)["stage"]
+    return found
+
+
+def test_two_processes_take_the_batches_that_one_accumulates(tmp_path: Path) -> None:
+    two = launch([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"], tmp_path / "two")
     stage = Regression()
     stage.dropout = nn.Dropout(0.0)
-    one = replace(job(tmp_path / "one", SCHEDULE.model_copy(update={"accumulate": 2})), stage=stage)
-    fit(one)
-    found = torch.load(tmp_path / "two/last.pt", weights_only=True)["stage"]
+    fit(replace(job(tmp_path / "one", SCHEDULE.model_copy(update={"accumulate": 2})), stage=stage))
+    assert all(torch.allclose(value, two[name], atol=1e-5) for name, value in weights(stage).items())
+
+
+def test_accelerate_launch_starts_it(tmp_path: Path) -> None:
+    """On CPUs accelerate needs MPI to start more than one; without, it runs one process, as this test shows."""
+    launcher = Path(sys.executable).with_name("accelerate")
+    found = launch([str(launcher), "launch", "--num_processes", "2", "--cpu"], tmp_path / "launched")
+    stage = Regression()
+    stage.dropout = nn.Dropout(0.0)
+    fit(replace(job(tmp_path / "one"), stage=stage))
     assert all(torch.allclose(value, found[name], atol=1e-5) for name, value in weights(stage).items())
 
 
