@@ -12,11 +12,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from model_store import Calibration, Keyword, Manifest
-from model_store.store import open_bundle
+from model_store import Bundle, Calibration, Keyword, Manifest
+from model_store.store import MANIFEST, open_bundle
 from training.errors import TrainingError
 from training.evaluation.client import ServiceClient, served
 from training.evaluation.recordings import as_recorded
@@ -27,8 +28,8 @@ from training.evaluation.statistics import (
     threshold_for_false_alarms,
 )
 from training.evaluation.tasks import clip_accuracy, plan_trials, run_trials
-from training.export import write_draft
-from training.finished import origin
+from training.export import export, write_draft
+from training.finished import name_of, origin
 from training.manifest import CALIBRATION_FOLD, Clip, Data, Recording
 
 WINDOWS_S = (0.6, 1.0, 1.6)
@@ -43,6 +44,8 @@ BUDGET_PER_HOUR = 1.0
 LOWEST_THRESHOLD, HIGHEST_THRESHOLD = 0.5, 0.9
 CANDIDATE_THRESHOLD = 0.1
 
+TASKS = ("keywords", "speakers")
+
 Say = Callable[[str], None]
 
 
@@ -53,6 +56,24 @@ class _SpeakerFit:
     with_cohort: bool
     cost: float
     note: str
+
+
+def bundle_of(run: Path, data_root: Path, *, say: Say) -> Bundle:
+    """The draft in `run`/bundle of a finished run; exported and calibrated where that has not been done.
+
+    A run of one task is left uncalibrated: there is nothing to fit the other task's part on. Raises
+    TrainingError.
+    """
+    draft = run / "bundle"
+    if not (draft / MANIFEST).is_file():
+        with TemporaryDirectory(dir=run) as work:
+            fresh = Path(work) / "bundle"
+            say(f"exporting {run}")
+            recipe = export(run, fresh, name=f"sotto-{name_of(run)}", data_root=data_root).lineage.recipe
+            if len(recipe.get("tasks", TASKS)) == len(TASKS):
+                calibrate(fresh, data_root=data_root, say=say)
+            fresh.replace(draft)
+    return open_bundle(draft)
 
 
 def calibrate(draft: Path, *, data_root: Path | None, say: Say) -> Manifest:

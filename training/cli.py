@@ -1,4 +1,4 @@
-"""`sotto train | pretrain | distil | finetune | export | calibrate | evaluate`."""
+"""`sotto train | pretrain | distil | finetune | export | calibrate | evaluate | study | report`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -16,16 +17,20 @@ from rich.console import Console
 
 from model_store import Bundle, LocalStore, StoreError, builtin_store_path
 from model_store.store import MANIFEST, open_bundle
-from training.errors import TrainingError
+from training.errors import ExportError, ManifestError, TrainingError
 
 if importlib.util.find_spec("torch") is None:
     # Told at import, so that `sotto` can say which extra is missing before anything starts.
     raise ModuleNotFoundError("torch", name="torch")
 
 app = typer.Typer(help="Training.")
+corpus = typer.Typer(help="Write the tables of a public corpus that was downloaded.", no_args_is_help=True)
+app.add_typer(corpus, name="corpus")
 console = Console()
+RESULTS = Path("docs/results")
 
 DataRoot = Annotated[Path | None, typer.Option("--data", help="Folder with manifest.csv; default: the recipe's.")]
+CorpusOut = Annotated[Path, typer.Option("--out", help="Folder for the tables.")]
 RunFolder = Annotated[Path | None, typer.Option("--run", help="Run folder; default runs/NAME.")]
 CacheFolder = Annotated[Path, typer.Option("--cache", help="Decoded audio is kept here.")]
 StopAfter = Annotated[int | None, typer.Option(help="Stop at this step; the same command goes on.")]
@@ -155,25 +160,77 @@ def calibrate(draft: Path, data: DataRoot = None) -> None:
 
 
 @app.command()
+def study(
+    recipe: Path,
+    run: RunFolder = None,
+    page: Annotated[Path | None, typer.Option(help="Where to write the page; default docs/results/NAME.md.")] = None,
+    cache: CacheFolder = Path(".cache"),
+    data: DataRoot = None,
+    split: Annotated[str, typer.Option(help="Split to report on.")] = "dev",
+) -> None:
+    """Make a teacher, students from it in the ways that RECIPE lists, measure them all, and write a page."""
+    from training.evaluation.page import write_page
+    from training.study import load_study, run_study
+
+    try:
+        loaded = load_study(recipe)
+        outcome = run_study(
+            loaded,
+            run or Path("runs") / loaded.name,
+            cache,
+            data_root=data,
+            split=split,
+            command="sotto " + " ".join(sys.argv[1:]),
+            say=lambda line: console.print(line, style="dim"),
+        )
+        out = page or RESULTS / f"{loaded.name}.md"
+        write_page(outcome, out)
+    except TrainingError as error:
+        raise _failed(error) from error
+    console.print(f"page: {out}")
+
+
+@app.command()
+def report(
+    run: Path,
+    page: Annotated[Path | None, typer.Option(help="Where to write it; default docs/results/NAME.md.")] = None,
+) -> None:
+    """Write the page of a finished study in RUN again: tables and plots from the stored figures."""
+    from training.evaluation.page import write_page
+    from training.study import Outcome
+
+    try:
+        outcome = Outcome.read(run)
+    except TrainingError as error:
+        raise _failed(error) from error
+    out = page or RESULTS / f"{run.name}.md"
+    write_page(outcome, out)
+    console.print(f"page: {out}")
+
+
+@app.command()
 def evaluate(
-    bundle: Annotated[str | None, typer.Argument(help="Folder of a bundle, or a name in the built-in store.")] = None,
+    bundle: Annotated[str | None, typer.Argument(help="Bundle or run folder, ONNX file, or a built-in's name.")] = None,
     url: Annotated[str | None, typer.Option(help="Measure the service that runs here.")] = None,
     data: Annotated[Path, typer.Option(help="Folder with manifest.csv.")] = Path("../shared/data"),
     split: Annotated[str, typer.Option(help="Split to report on.")] = "dev",
-    row: Annotated[list[str] | None, typer.Option(help="asc, commands, wake, spot, sv, latency; default all.")] = None,
+    row: Annotated[list[str] | None, typer.Option(help="asc, commands, wake, spot, sv, cost; default all.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="SOTTO_EVALUATE_KEY")] = None,
     peers: Annotated[Path, typer.Option(help="Python with the peers (make peers).")] = Path(".venv-peers/bin/python"),
     json_out: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
     record: Annotated[bool, typer.Option(help="Write figures and model card into the draft BUNDLE.")] = False,
 ) -> None:
-    """Measure BUNDLE (served for the occasion) or the service at --url, through HTTP."""
+    """Measure BUNDLE (served for the occasion) or the service at --url, through HTTP.
+
+    BUNDLE may also be a finished run, which is exported and calibrated first, or a bundle's ONNX file.
+    """
     from training.evaluation.client import ServiceClient, served
     from training.evaluation.report import ROWS
     from training.evaluation.report import evaluate as measure
     from training.manifest import read_data
 
     try:
-        found = _find(bundle)
+        found = _find(bundle, data)
         context = served(found.path) if url is None else nullcontext(ServiceClient(url, api_key))
         with context as client:
             report = measure(
@@ -197,10 +254,75 @@ def evaluate(
         json_out.write_text(json.dumps(asdict(report), indent=1, ensure_ascii=False))
 
 
-def _find(bundle: str | None) -> Bundle:
+@corpus.command("speech-commands")
+def corpus_speech_commands(
+    root: Path,
+    out: CorpusOut,
+    version: Annotated[str, typer.Option(help="1 for v0.01, 2 for v0.02.")] = "2",
+    classes: Annotated[int, typer.Option(help="35 (every word) or 12 (ten words, unknown, silence).")] = 35,
+) -> None:
+    """Google Speech Commands: both archives of a version, unpacked below ROOT."""
+    from training.corpora import speech_commands
+
+    if version not in {"1", "2"} or classes not in {12, 35}:
+        raise _failed(ManifestError("the version is 1 or 2, the classes are 12 or 35"))
+    _tables(out, lambda: speech_commands(root, out, version=version, classes=classes))  # type: ignore[arg-type]
+
+
+@corpus.command("voxceleb")
+def corpus_voxceleb(
+    out: CorpusOut,
+    first: Annotated[Path | None, typer.Option("--vox1", help="Folder of VoxCeleb1.")] = None,
+    second: Annotated[Path | None, typer.Option("--vox2", help="Folder of VoxCeleb2.")] = None,
+    trials: Annotated[Path | None, typer.Option(help="Official list of trials, as veri_test2.txt.")] = None,
+) -> None:
+    """VoxCeleb1, VoxCeleb2, or both."""
+    from training.corpora import voxceleb
+
+    _tables(out, lambda: voxceleb(out, first=first, second=second, trials=trials))
+
+
+@corpus.command("librispeech")
+def corpus_librispeech(root: Path, out: CorpusOut) -> None:
+    """The parts of LibriSpeech below ROOT."""
+    from training.corpora import librispeech
+
+    _tables(out, lambda: librispeech(root, out))
+
+
+@corpus.command("musan")
+def corpus_musan(
+    root: Path, out: CorpusOut, kind: Annotated[list[str] | None, typer.Option(help="noise, music, speech.")] = None
+) -> None:
+    """MUSAN, as noises: writes noise.csv, to be put beside another corpus' manifest.csv."""
+    from training.corpora import MUSAN_KINDS, musan
+
+    _tables(out, lambda: musan(root, out, kinds=kind or MUSAN_KINDS))
+
+
+def _tables(out: Path, write: Callable[[], int]) -> None:
+    try:
+        written = write()
+    except TrainingError as error:
+        raise _failed(error) from error
+    console.print(f"{written} recordings in {out}")
+
+
+def _find(bundle: str | None, data: Path) -> Bundle:
     folder = Path(bundle or "")
+    if folder.suffix == ".onnx":
+        folder = folder.parent
+        if not (folder / MANIFEST).is_file():
+            raise ExportError(
+                f"{bundle}: there is no {MANIFEST} beside it, so nothing says what its outputs mean; "
+                "`sotto export` writes both"
+            )
     if bundle is not None and (folder / MANIFEST).is_file():
         return open_bundle(folder)
+    if (folder / "run.json").is_file():
+        from training.calibrate import bundle_of
+
+        return bundle_of(folder, data, say=lambda line: console.print(line, style="dim"))
     return LocalStore(builtin_store_path()).resolve(bundle or "sotto-edge")
 
 

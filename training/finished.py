@@ -50,10 +50,7 @@ class Origin:
 
 def open_run(folder: Path) -> Finished:
     """Raises RunError for a folder that is no finished run, TeacherError for damaged weights."""
-    path = folder / "run.json"
-    if not path.is_file():
-        raise RunError(f"{folder} is no run folder: run.json is missing")
-    run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    run = read_run(folder)
     if "identity" not in run:
         return _trained(folder)
     if "init" not in run["identity"]:
@@ -61,6 +58,21 @@ def open_run(folder: Path) -> Finished:
             f"{folder} was not fine-tuned, so there are no keywords or speakers in it: `sotto finetune` first"
         )
     return _finetuned(folder, run)
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What a run folder says was run. Raises RunError."""
+    path = folder / "run.json"
+    if not path.is_file():
+        raise RunError(f"{folder} is no run folder: run.json is missing")
+    run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return run
+
+
+def name_of(folder: Path) -> str:
+    """What the run's recipe is called. Raises RunError."""
+    run = read_run(folder)
+    return str(run.get("identity", run)["recipe"]["name"])
 
 
 def origin(recipe: dict[str, Any]) -> Origin:

@@ -5,7 +5,10 @@ first pass made. Frames are hidden in spans of ten, about half of them, and the 
 hidden frame:
 
     p(c | o_t) = softmax over c of  cos(A o_t, e_c) / 0.1        (eq. 3)
-    L = - mean over hidden frames t of  log p(z_t | o_t)         (eq. 1 with alpha = 1)
+    L = a L_hidden + (1 - a) L_visible,  L_m = - mean over frames t of  log p(z_t | o_t)    (eq. 1, 2)
+
+The paper ends with a = 1. With the few steps that a small machine can do, the visible frames are what
+teaches the CNN to hear at all; `hidden_weight` is a.
 
 The result is a folder in the transformers format, which `load_teacher` opens like any public model.
 """
@@ -14,15 +17,16 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from lhotse.features.kaldi.layers import Wav2MFCC
+from lhotse.features.kaldi.layers import Wav2LogFilterBank, Wav2MFCC
 from pydantic import BaseModel, ConfigDict, Field
 from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor, nn
@@ -38,6 +42,8 @@ from training.trainer import Job, Schedule, Watched, fit, is_finished
 
 TEMPERATURE = 0.1
 HOP, WINDOW = 320, 400
+BANDS = 40
+CNN = ("model.feature_extractor.", "model.feature_projection.")
 CLIPS_FOR_CLUSTERS = 4000
 WATCHED_BATCHES = 8
 
@@ -81,6 +87,8 @@ class UnitsRecipe(BaseModel):
 
     clusters: int = Field(gt=1)
     layer: int = Field(default=0, ge=0)
+    # HuBERT begins every pass anew; with few steps it pays to go on from the pass before.
+    begin: Literal["anew", "on"] = "anew"
     schedule: Schedule
 
 
@@ -99,20 +107,63 @@ class PretrainRecipe(BaseModel):
     longest_s: float = Field(default=8.0, gt=0.5)
     span: int = Field(default=10, gt=0)
     hidden_share: float = Field(default=0.8, gt=0, lt=1)  # of frames, if spans never overlapped
+    hidden_weight: float = Field(default=1.0, gt=0, le=1)
+    # Not HuBERT's: see `Hearing`.
+    hearing: Schedule | None = None
     passes: tuple[UnitsRecipe, ...] = Field(min_length=1)
+
+
+class Hearing(nn.Module):
+    """What the CNN says of a frame gives its spectrum: squared error of 40 log-mel bands, each standardised
+    over the clip.
+
+    Hundreds of thousands of steps of masked prediction teach a CNN on raw samples to hear; the thousand that
+    two cores have time for do not, while this takes minutes and is then left behind.
+    """
+
+    def __init__(self, trunk: SelfSupervised) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.spectrum = nn.Linear(trunk.width, BANDS)
+        with _whole_windows():
+            self._bands = Wav2LogFilterBank(
+                frame_length=WINDOW / SAMPLE_RATE_HZ, frame_shift=HOP / SAMPLE_RATE_HZ, snip_edges=True,
+                num_filters=BANDS,
+            )  # fmt: skip
+
+    def forward(self, batch: Waves, _step: int) -> dict[str, Tensor]:
+        """The loss over all frames of the batch."""
+        waveform = batch.waveform
+        if waveform.shape[1] < WINDOW:
+            waveform = functional.pad(waveform, (0, WINDOW - waveform.shape[1]))
+        with torch.no_grad():
+            centred, variance = _centred(self._bands.to(waveform.device)(waveform), batch.lengths)
+            wanted = centred / (variance + 1e-3).sqrt()
+        found, mask = self.trunk.heard(waveform, batch.lengths)
+        loss = functional.mse_loss(self.spectrum(found[mask]).float(), wanted[mask])
+        return {"total": loss}
 
 
 class MaskedPrediction(nn.Module):
     """The encoder with the projection A and the units' embeddings e of eq. 3, dropped when it is saved."""
 
-    def __init__(self, trunk: SelfSupervised, clusters: int, units: Units, *, span: int, share: float) -> None:
+    def __init__(
+        self,
+        trunk: SelfSupervised,
+        clusters: int,
+        units: Units,
+        *,
+        span: int,
+        share: float,
+        hidden_weight: float = 1.0,
+    ) -> None:
         super().__init__()
         width = min(256, trunk.width)
         self.trunk = trunk
         self.project = nn.Linear(trunk.width, width)
         self.embedding = nn.Parameter(torch.randn(clusters, width))
         self._units = units
-        self._span, self._share = span, share
+        self._span, self._share, self._hidden_weight = span, share, hidden_weight
 
     def forward(self, batch: Waves, _step: int) -> dict[str, Tensor]:
         """Loss and share of hidden frames that are named right."""
@@ -120,12 +171,23 @@ class MaskedPrediction(nn.Module):
         counts = [min(self.trunk.frames(int(length)), target.shape[1]) for length in batch.lengths]
         hidden = hide_spans(counts, target.shape[1], span=self._span, share=self._share).to(target.device)
         out = self.trunk(batch.waveform, batch.lengths, hidden).hidden[-1]
+        hidden_loss, accuracy = self._name(out[hidden], target[hidden])
+        terms = {"total": hidden_loss, "hidden": hidden_loss, "accuracy": accuracy}
+        if self._hidden_weight == 1:
+            return terms
+        inside = torch.arange(target.shape[1])[None, :] < torch.tensor(counts)[:, None]
+        visible = inside.to(hidden.device) & ~hidden
+        visible_loss, terms["visible-accuracy"] = self._name(out[visible], target[visible])
+        terms["total"] = self._hidden_weight * hidden_loss + (1 - self._hidden_weight) * visible_loss
+        return terms
+
+    def _name(self, out: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         similarity = functional.linear(
-            functional.normalize(self.project(out[hidden]).float(), dim=1),
+            functional.normalize(self.project(out).float(), dim=1),
             functional.normalize(self.embedding.float(), dim=1),
         )
-        loss = functional.cross_entropy(similarity / TEMPERATURE, target[hidden])
-        return {"total": loss, "accuracy": (similarity.argmax(dim=1) == target[hidden]).float().mean()}
+        loss = functional.cross_entropy(similarity / TEMPERATURE, target)
+        return loss, (similarity.argmax(dim=1) == target).float().mean()
 
 
 def hide_spans(counts: Sequence[int], frames: int, *, span: int, share: float) -> Tensor:
@@ -161,7 +223,7 @@ class Units:
     def features(self, batch: Waves) -> Tensor:
         """[B, T, D]; the frames of the model that will predict them."""
         if self._teacher is None:
-            found: Tensor = self._mfcc(batch.waveform)
+            found: Tensor = self._mfcc(batch.waveform, batch.lengths)
             return found
         self._teacher.to(batch.waveform.device)
         heard: Tensor = self._teacher(batch.waveform, batch.lengths).hidden[self._layer]
@@ -176,19 +238,42 @@ class Mfcc(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        with warnings.catch_warnings():
-            # Whole windows only, as the CNN takes them; lhotse would rather have a frame for every hop.
-            warnings.filterwarnings("ignore", message="Setting snip_edges=True")
+        with _whole_windows():
             self._cepstra = Wav2MFCC(
                 frame_length=WINDOW / SAMPLE_RATE_HZ, frame_shift=HOP / SAMPLE_RATE_HZ, snip_edges=True
             )
 
-    def forward(self, waveform: Tensor) -> Tensor:
+    def forward(self, waveform: Tensor, lengths: Tensor) -> Tensor:
         if waveform.shape[1] < WINDOW:
             waveform = functional.pad(waveform, (0, WINDOW - waveform.shape[1]))
         static: Tensor = self._cepstra.to(waveform.device)(waveform)
+        static = _centred(static, lengths)[0]
         first = _differences(static)
         return torch.cat([static, first, _differences(first)], dim=2)
+
+
+@contextmanager
+def _whole_windows() -> Iterator[None]:
+    """Frames for whole windows only, as the CNN takes them: lhotse warns that it would rather have one for every
+    hop. It also makes its filters in a way that NumPy 2 warns of."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Setting snip_edges=True")
+        warnings.filterwarnings("ignore", message="__array_wrap__", category=DeprecationWarning)
+        yield
+
+
+def _centred(features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Each coefficient with mean 0 over the clip, and its variance there. [B, T, D] -> the same, [B, 1, D].
+
+    Else clusters would be mostly levels and microphones, which the CNN's first norm hides from the model
+    and which differ more between our corpora than between LibriSpeech's books.
+    """
+    counts = ((lengths - WINDOW) // HOP + 1).clamp(min=1).to(features.device)
+    inside = (torch.arange(features.shape[1], device=features.device)[None, :] < counts[:, None])[:, :, None]
+    counts = counts[:, None, None]
+    mean = (features * inside).sum(dim=1, keepdim=True) / counts
+    centred = (features - mean) * inside
+    return centred, centred.square().sum(dim=1, keepdim=True) / counts
 
 
 def _differences(x: Tensor) -> Tensor:
@@ -211,29 +296,48 @@ def pretrain(recipe: PretrainRecipe, folder: Path, cache_folder: Path, *, stop_a
     fold = [clip for clip in clips if clip.split == CALIBRATION_FOLD]
     cache = AudioCache.build(cache_folder, [clip.path for clip in (*train, *fold)])
     source = _batches(recipe, train, cache)
+    watched = _batches(recipe, fold, cache) if fold else None
+    identity = {"recipe": recipe.model_dump(mode="json", exclude={"data"}), "data": digest_data(data)}
+
+    def run(stage: nn.Module, schedule: Schedule, seed: int, own: Path) -> bool:
+        """Whether the stage is finished."""
+        job = Job(
+            stage=stage,
+            source=source,
+            schedule=schedule,
+            seed=seed,
+            folder=own,
+            identity={**identity, "stage": own.name},
+            watch=None if watched is None else partial(_look, batches=watched),
+        )
+        fit(job, stop_after=stop_after)
+        return is_finished(own)
+
+    start: dict[str, Tensor] = {}
+    if recipe.hearing is not None:
+        torch.manual_seed(recipe.seed)
+        trunk = SelfSupervised(HubertModel(recipe.shape.config()), normalise=False)
+        if not run(Hearing(trunk), recipe.hearing, recipe.seed, folder / "hearing"):
+            return folder / "hearing"
+        start = {name: value for name, value in trunk.state_dict().items() if name.startswith(CNN)}
     teacher: Teacher | None = None
     for number, units_recipe in enumerate(recipe.passes, start=1):
         own = folder / f"pass-{number}"
         units = Units(_centres(units_recipe, recipe, train, cache, teacher, own), teacher, units_recipe.layer)
         torch.manual_seed(recipe.seed + number)
         trunk = SelfSupervised(HubertModel(recipe.shape.config()), normalise=False)
-        stage = MaskedPrediction(trunk, units_recipe.clusters, units, span=recipe.span, share=recipe.hidden_share)
-        watched = _batches(recipe, fold, cache) if fold else None
-        job = Job(
-            stage=stage,
-            source=source,
-            schedule=units_recipe.schedule,
-            seed=recipe.seed + number,
-            folder=own,
-            identity={
-                "recipe": recipe.model_dump(mode="json", exclude={"data"}),
-                "data": digest_data(data),
-                "pass": number,
-            },
-            watch=None if watched is None else partial(_look, batches=watched),
+        trunk.load_state_dict(start, strict=False)
+        if units_recipe.begin == "on" and teacher is not None:
+            trunk.load_state_dict(teacher.state_dict())
+        stage = MaskedPrediction(
+            trunk,
+            units_recipe.clusters,
+            units,
+            span=recipe.span,
+            share=recipe.hidden_share,
+            hidden_weight=recipe.hidden_weight,
         )
-        fit(job, stop_after=stop_after)
-        if not is_finished(own):
+        if not run(stage, units_recipe.schedule, recipe.seed + number, own):
             return own
         save_teacher(trunk, own / "model")
         teacher = load_teacher(str(own / "model"))
@@ -297,14 +401,14 @@ def _centres(
 
 @torch.no_grad()
 def _look(stage: nn.Module, batches: CutBatches) -> Watched:
-    """Loss and accuracy on hidden frames of the fold's first batches, always with the same spans."""
+    """The losses on the fold's first batches, always with the same hidden spans."""
     stage.eval()
-    found = []
+    sums: dict[str, float] = {}
     for number in range(WATCHED_BATCHES):
         torch.manual_seed(number)
         device = next(stage.parameters()).device
         batch = batches[number]
         terms = stage(Waves(batch.waveform.to(device), batch.lengths.to(device)), 0)
-        found.append((float(terms["total"]), float(terms["accuracy"])))
-    loss, accuracy = np.mean(found, axis=0).tolist()
-    return Watched(-loss, {"loss": loss, "accuracy": accuracy})
+        for name, value in terms.items():
+            sums[name] = sums.get(name, 0.0) + float(value) / WATCHED_BATCHES
+    return Watched(-sums.get("hidden", sums["total"]), sums)

@@ -108,6 +108,32 @@ class SelfSupervised(nn.Module):
         `hidden_mask` [B, T] bool: these frames of the encoder's input are replaced by the model's learned
         stand-in (masked prediction).
         """
+        waveform, lengths, counts = self._ready(waveform, lengths)
+        samples = torch.arange(waveform.shape[1], device=waveform.device)[None, :]
+        with warnings.catch_warnings():
+            # WavLM's code hands torch a float and a boolean mask together; torch only says so.
+            warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
+            found = self.model(
+                waveform,
+                attention_mask=(samples < lengths[:, None]).long(),
+                mask_time_indices=hidden_mask,
+                output_hidden_states=True,
+                return_dict=True,
+            )
+        hidden = tuple(found.hidden_states)
+        frames = torch.arange(hidden[0].shape[1], device=waveform.device)[None, :]
+        return HiddenStates(hidden, frames < counts[:, None])
+
+    def heard(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """What the CNN alone says: frames [B, T, D] as the encoder takes them, and which of them are in the clip."""
+        waveform, _, counts = self._ready(waveform, lengths)
+        model: Any = self.model
+        found = model.feature_projection(model.feature_extractor(waveform).transpose(1, 2))
+        frames: Tensor = found[0] if isinstance(found, tuple) else found
+        return frames, torch.arange(frames.shape[1], device=waveform.device)[None, :] < counts[:, None]
+
+    def _ready(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(samples as the model wants them, lengths of at least one frame, frames of each clip)."""
         if waveform.shape[1] < self.reach:
             waveform = nn.functional.pad(waveform, (0, self.reach - waveform.shape[1]))
         samples = torch.arange(waveform.shape[1], device=waveform.device)[None, :]
@@ -123,19 +149,7 @@ class SelfSupervised(nn.Module):
         counts = lengths
         for kernel, stride in zip(self._kernels, self._strides, strict=True):
             counts = (counts - kernel).div(stride, rounding_mode="floor") + 1
-        with warnings.catch_warnings():
-            # WavLM's code hands torch a float and a boolean mask together; torch only says so.
-            warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
-            found = self.model(
-                waveform,
-                attention_mask=(samples < lengths[:, None]).long(),
-                mask_time_indices=hidden_mask,
-                output_hidden_states=True,
-                return_dict=True,
-            )
-        hidden = tuple(found.hidden_states)
-        frames = torch.arange(hidden[0].shape[1], device=waveform.device)[None, :]
-        return HiddenStates(hidden, frames < counts[:, None])
+        return waveform, lengths, counts
 
 
 class Teacher(SelfSupervised):

@@ -227,9 +227,9 @@ def _step(
         together = nullcontext() if part == schedule.accumulate - 1 else accelerator.no_sync(stage)
         with together:
             terms: dict[str, Tensor] = stage(to_device(batch, accelerator.device), step)
-            value = terms["total"].item()
-            if not math.isfinite(value):
-                raise RunError(f"the loss is {value} at step {step}; a lower learning rate may help")
+            total = terms["total"].item()
+            if not math.isfinite(total):
+                raise RunError(f"the loss is {total} at step {step}; a lower learning rate may help")
             accelerator.backward(terms["total"] / schedule.accumulate)
         for name, value in terms.items():
             sums[name] = sums.get(name, 0.0) + float(value.detach()) / schedule.accumulate

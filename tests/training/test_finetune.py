@@ -166,7 +166,7 @@ def test_in_full_mode_every_weight_of_the_trunk_receives_gradient(chain: Chain, 
     """[3] the CNN included."""
     torch.manual_seed(0)
     model = joint(trainable(str(chain.teacher), 1))
-    stage = JointFinetuning(model, 40, tune_recipe(made_data, tasks=(task,)))
+    stage = JointFinetuning(model, 60, tune_recipe(made_data, tasks=(task,)))
     stage.train()
     loss = stage(one_batch(made_data, chain.cache), 0)["total"]
     loss.backward()  # type: ignore[no-untyped-call]  # torch's stub

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import HubertModel
 
 from training.audio_cache import AudioCache
@@ -14,6 +15,7 @@ from training.cuts import CutBatches, Waves, cuts_of
 from training.errors import ManifestError, RunError
 from training.manifest import read_data
 from training.pretrain import (
+    Hearing,
     MaskedPrediction,
     Mfcc,
     PretrainRecipe,
@@ -80,7 +82,7 @@ def test_nothing_long_enough_is_said(made_data: Path, tmp_path: Path) -> None:
 def test_mfcc_has_a_frame_for_each_of_the_cnn_s() -> None:
     trunk = SelfSupervised(HubertModel(TeacherShape.model_validate(TINY).config()), normalise=False)
     for samples in (400, 719, 720, 16_000, 23_456):
-        assert Mfcc()(torch.randn(1, samples)).shape == (1, trunk.frames(samples), 39)
+        assert Mfcc()(torch.randn(1, samples), torch.tensor([samples])).shape == (1, trunk.frames(samples), 39)
 
 
 def test_hidden_spans_cover_about_half_of_the_frames_and_stay_inside() -> None:
@@ -95,7 +97,7 @@ def test_hidden_spans_cover_about_half_of_the_frames_and_stay_inside() -> None:
 
 def test_units_are_the_nearest_centres() -> None:
     batch = Waves(torch.randn(2, 8000, generator=torch.Generator().manual_seed(0)), torch.tensor([8000, 8000]))
-    features = Mfcc()(batch.waveform)
+    features = Mfcc()(batch.waveform, batch.lengths)
     centres = features[0, :5].numpy()
     assert Units(centres)(batch)[0, :5].tolist() == [0, 1, 2, 3, 4]
 
@@ -123,14 +125,80 @@ def test_the_loss_is_the_paper_s() -> None:
     stage = MaskedPrediction(trunk, 4, units, span=10, share=0.8)
     with torch.no_grad():
         stage.embedding.copy_(torch.ones_like(stage.embedding))
-    assert float(stage(batch, 0)["total"]) == pytest.approx(np.log(4), abs=1e-4)
+    assert stage(batch, 0)["total"].item() == pytest.approx(np.log(4), abs=1e-4)
     with torch.no_grad():
         stage.project.weight.zero_()
         stage.project.bias.fill_(1.0)
         stage.embedding[1:] = -1.0
     terms = stage(batch, 0)
-    assert float(terms["total"]) == pytest.approx(3 * np.exp(-20), abs=1e-4)
-    assert float(terms["accuracy"]) == 1.0
+    assert terms["total"].item() == pytest.approx(3 * np.exp(-20), abs=1e-4)
+    assert terms["accuracy"].item() == 1.0
+
+
+def test_units_depend_neither_on_the_level_nor_on_padding() -> None:
+    torch.manual_seed(0)
+    wave = torch.randn(1, 16_000) * torch.linspace(0.05, 0.3, 16_000)
+    alone = Mfcc()(wave, torch.tensor([16_000]))
+    padded = Mfcc()(torch.cat([wave, torch.zeros(1, 8000)], dim=1), torch.tensor([16_000]))
+    assert torch.allclose(Mfcc()(wave * 0.1, torch.tensor([16_000])), alone, atol=1e-3)
+    # The last two frames' slopes look at the padding.
+    assert torch.allclose(padded[:, :45], alone[:, :45], atol=1e-4)
+
+
+def test_visible_frames_weigh_what_the_recipe_says() -> None:
+    torch.manual_seed(0)
+    trunk = SelfSupervised(HubertModel(TeacherShape.model_validate(TINY).config()), normalise=False).eval()
+    batch = Waves(torch.randn(2, 16_000), torch.tensor([16_000, 9000]))
+    units = Units(np.random.default_rng(0).standard_normal((4, 39)).astype(np.float32))
+
+    def terms(hidden_weight: float) -> dict[str, float]:
+        torch.manual_seed(1)
+        stage = MaskedPrediction(trunk, 4, units, span=10, share=0.8, hidden_weight=hidden_weight)
+        torch.manual_seed(2)
+        return {name: float(value.detach()) for name, value in stage(batch, 0).items()}
+
+    paper, half, quarter = terms(1.0), terms(0.5), terms(0.25)
+    assert paper["total"] == paper["hidden"]
+    assert half["hidden"] == pytest.approx(paper["hidden"])
+    visible = 2 * half["total"] - half["hidden"]
+    assert quarter["total"] == pytest.approx(0.25 * half["hidden"] + 0.75 * visible, abs=1e-5)
+
+
+def test_what_the_cnn_hears_does_not_depend_on_padding(made_data: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    trunk = SelfSupervised(HubertModel(TeacherShape.model_validate(TINY).config()), normalise=True).eval()
+    stage = Hearing(trunk)
+    wave = batches(made_data, tmp_path)[0].waveform[:1]
+    count = wave.shape[1] - 3200
+    alone = stage(Waves(wave[:, :count], torch.tensor([count])), 0)["total"]
+    padded = stage(Waves(wave, torch.tensor([count])), 0)["total"]
+    assert torch.allclose(alone, padded, atol=1e-4)
+
+
+def test_hearing_teaches_the_cnn_and_the_passes_begin_with_it(made_data: Path, tmp_path: Path) -> None:
+    schedule = {"steps": 30, "checkpoint_every": 30, "watch_every": 10, "workers": 0, "peak_learning_rate": 3e-3}
+    begun = recipe(made_data, hearing=schedule)
+    assert pretrain(begun, tmp_path / "run", tmp_path / "cache", stop_after=2).name == "hearing"
+    pretrain(begun, tmp_path / "run", tmp_path / "cache")
+    events = EventAccumulator(str(tmp_path / "run/hearing/tensorboard"))
+    events.Reload()
+    losses = [event.value for event in events.Scalars("fold/total")]
+    assert losses[-1] < losses[0]
+    heard = torch.load(tmp_path / "run/hearing/last.pt", weights_only=True)["stage"]
+    kernel = "model.feature_extractor.conv_layers.3.conv.weight"
+    teacher = load_teacher(str(tmp_path / "run/pass-1/model")).state_dict()
+    fresh = load_teacher(str(pretrain(recipe(made_data), tmp_path / "plain", tmp_path / "cache"))).state_dict()
+    begun_near = (teacher[kernel] - heard[f"trunk.{kernel}"]).abs().mean()
+    assert begun_near < 0.3 * (fresh[kernel] - heard[f"trunk.{kernel}"]).abs().mean()
+
+
+def test_a_pass_may_go_on_with_the_weights_of_the_one_before(made_data: Path, tmp_path: Path) -> None:
+    schedule = {"steps": 1, "workers": 0, "peak_learning_rate": 1e-6}
+    passes = [{"clusters": 6, "schedule": schedule}, {"clusters": 6, "layer": 1, "begin": "on", "schedule": schedule}]
+    last = pretrain(recipe(made_data, passes=passes), tmp_path / "run", tmp_path / "cache")
+    first = load_teacher(str(tmp_path / "run/pass-1/model")).state_dict()
+    second = load_teacher(str(last)).state_dict()
+    assert all(torch.allclose(value, second[name], atol=1e-4) for name, value in first.items())
 
 
 def test_two_passes_make_a_teacher_that_loads_like_any_other(made_data: Path, tmp_path: Path) -> None:

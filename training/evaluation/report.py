@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +13,13 @@ from rich.table import Table
 from model_store import Bundle, Metric
 from training.errors import MeasurementError
 from training.evaluation.client import ServiceClient
-from training.evaluation.latency import latency_ms
+from training.evaluation.cost import latencies_ms, multiply_accumulates
 from training.evaluation.peers import resemblyzer_scores
 from training.evaluation.statistics import Rate
 from training.evaluation.tasks import (
     COMMAND_CORPORA,
+    ENROL_CLIPS,
+    LEAST_SPEAKERS,
     Trials,
     Verification,
     clip_accuracy,
@@ -28,7 +31,8 @@ from training.evaluation.tasks import (
 )
 from training.manifest import Data
 
-ROWS = ("asc", "commands", "wake", "spot", "sv", "latency")
+# `keywords` is `asc` and `commands` together, for tables with one column; it is not among the defaults.
+ROWS = ("asc", "commands", "wake", "spot", "sv", "cost")
 WAKE_SNR_DB = 10.0
 WAKE_ALARMS_PER_HOUR = 1.0
 
@@ -53,6 +57,12 @@ class Report:
     split: str
     command: str
     figures: list[Figure] = field(default_factory=list)
+    # Points of detection error trade-off curves by name: (false-accept rate, miss rate).
+    det: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+
+    def value(self, name: str) -> float:
+        """Of the figure with this name; not a number where it was not measured."""
+        return next((figure.value for figure in self.figures if figure.name == name), math.nan)
 
     def table(self) -> Table:
         table = Table(title=f"{self.model} on {self.split}")
@@ -91,6 +101,9 @@ def evaluate(
         say(f"measuring {row}")
         if row == "asc":
             report.figures += _accuracy("asc", client, [clip for clip in clips if clip.corpus == "asc"])
+        elif row == "keywords":
+            spoken = [clip for clip in clips if clip.corpus in {"asc", *COMMAND_CORPORA}]
+            report.figures += _accuracy("keywords", client, spoken)
         elif row == "commands":
             report.figures += _accuracy("commands", client, [clip for clip in clips if clip.corpus in COMMAND_CORPORA])
         elif row == "wake":
@@ -98,9 +111,9 @@ def evaluate(
         elif row == "spot":
             report.figures += _spot(client, data, split)
         elif row == "sv":
-            report.figures += _speakers(client, data, split, peers_python, say)
-        elif row == "latency":
-            report.figures += _latency(bundle)
+            _speakers(report, client, data, peers_python, say)
+        elif row == "cost":
+            report.figures += _cost(bundle)
         else:
             raise MeasurementError(f"no row {row!r}; there are {', '.join(ROWS)}")
     return report
@@ -140,24 +153,33 @@ def _spot(client: ServiceClient, data: Data, split: str) -> list[Figure]:
     ]
 
 
-def _speakers(client: ServiceClient, data: Data, split: str, peers_python: Path, say: Say) -> list[Figure]:
-    plans = plan_trials(data.split(split))
+def _speakers(report: Report, client: ServiceClient, data: Data, peers_python: Path, say: Say) -> None:
+    plans = plan_trials(data.split(report.split))
+    if not plans:
+        raise MeasurementError(
+            f"no corpus has {LEAST_SPEAKERS} speakers with more than {ENROL_CLIPS} clips in {report.split}"
+        )
     for plan in plans:
         say(f"  {plan.corpus}: {len(plan.speakers)} speakers, {len(plan.tests)} tests")
         run_trials(client, plan)
-    figures = _verification("sv", plans, verification(plans, [plan.llr for plan in plans]), calibrated=True)
+    own = verification(plans, [plan.llr for plan in plans])
+    figures = _verification("sv", plans, own, calibrated=True)
     plain = verification(plans, [plan.cosine for plan in plans])
     figures += _verification("sv, cosine", plans, plain, calibrated=False)[:1]
+    report.det |= {"sv": own.det, "sv, cosine": plain.det}
     refused = sum(plan.refused_clips for plan in plans)
     unenrolled = sum(len(plan.unenrolled) for plan in plans)
     detail = f"of genuine speakers; {unenrolled} of {sum(len(plan.speakers) for plan in plans)} profiles incomplete"
     figures.append(Figure("sv enrolment clips refused", refused, "clips", detail))
+    report.figures += figures
     try:
         peer = resemblyzer_scores(plans, peers_python)
     except MeasurementError as error:
         say(f"  Resemblyzer not measured: {error}")
-        return figures
-    return figures + _verification("sv, Resemblyzer", plans, verification(plans, peer), calibrated=False)
+        return
+    theirs = verification(plans, peer)
+    report.figures += _verification("sv, Resemblyzer", plans, theirs, calibrated=False)
+    report.det["sv, Resemblyzer"] = theirs.det
 
 
 def _verification(name: str, plans: Sequence[Trials], found: Verification, *, calibrated: bool) -> list[Figure]:
@@ -172,11 +194,15 @@ def _verification(name: str, plans: Sequence[Trials], found: Verification, *, ca
     return figures
 
 
-def _latency(bundle: Bundle | None) -> list[Figure]:
+def _cost(bundle: Bundle | None) -> list[Figure]:
     if bundle is None:
-        raise MeasurementError("latency needs the bundle itself: give it beside --url, or leave the row out")
+        raise MeasurementError("cost needs the bundle itself: give it beside --url, or leave the row out")
+    graph = bundle.read(bundle.manifest.graph.file)
+    latency = latencies_ms({"": graph})[""]
     return [
-        Figure("one second of audio, one thread", latency_ms(bundle, 1), "ms", "ONNX Runtime, median of 300 runs"),
+        Figure("one second of audio, one thread", latency.one_thread, "ms", "ONNX Runtime, median of 300 runs"),
+        Figure("one second of audio, all threads", latency.all_threads, "ms", f"{latency.threads} threads"),
+        Figure("multiply-accumulates", multiply_accumulates(graph) / 1e6, "M", "for one second of audio"),
         Figure("parameters", bundle.manifest.graph.parameters / 1e6, "M", "no training-only heads are in the graph"),
         Figure("graph file", bundle.manifest.files[bundle.manifest.graph.file].size / 1e6, "MB"),
     ]

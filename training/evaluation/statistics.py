@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
 
 Scores = npt.NDArray[np.float64]
+NORMAL = NormalDist()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,20 @@ def error_rates(targets: Scores, impostors: Scores) -> tuple[Scores, Scores, Sco
     misses = np.searchsorted(np.sort(targets), thresholds, side="left") / len(targets)
     accepts = 1 - np.searchsorted(np.sort(impostors), thresholds, side="left") / len(impostors)
     return misses, accepts, thresholds
+
+
+def det_points(targets: Scores, impostors: Scores, *, most: int = 200) -> list[tuple[float, float]]:
+    """(false-accept rate, miss rate) along the curve of Martin et al. 1997, at most so many points, evenly
+    spaced in normal deviates."""
+    misses, accepts, _ = error_rates(targets, impostors)
+    inside = (misses > 0) & (misses < 1) & (accepts > 0) & (accepts < 1)
+    misses, accepts = misses[inside], accepts[inside]
+    if len(misses) == 0:
+        return []
+    deviates = np.array([NORMAL.inv_cdf(float(rate)) for rate in accepts])
+    wanted = np.linspace(deviates[0], deviates[-1], min(most, len(deviates)))
+    chosen = np.unique(np.abs(deviates[None, :] - wanted[:, None]).argmin(axis=1))
+    return [(float(accepts[index]), float(misses[index])) for index in chosen]
 
 
 def minimum_dcf(targets: Scores, impostors: Scores, *, p_target: float = 0.01) -> float:

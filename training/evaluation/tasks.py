@@ -12,7 +12,14 @@ import numpy.typing as npt
 
 from training.evaluation.client import ServiceClient, Upload
 from training.evaluation.recordings import as_recorded, with_noise
-from training.evaluation.statistics import Rate, cllr, equal_error_rate, minimum_dcf, threshold_for_false_alarms
+from training.evaluation.statistics import (
+    Rate,
+    cllr,
+    det_points,
+    equal_error_rate,
+    minimum_dcf,
+    threshold_for_false_alarms,
+)
 from training.manifest import Clip, Data, Recording
 
 WAKE_CORPUS = "pvwake"
@@ -95,6 +102,7 @@ class Verification:
     impostors: int
     false_rejects: Rate
     false_accepts: Rate
+    det: list[tuple[float, float]]  # (false-accept rate, miss rate)
 
 
 def clip_accuracy(client: ServiceClient, clips: Sequence[Clip], send: Sender = as_recorded) -> ClipAccuracy:
@@ -255,6 +263,7 @@ def verification(plans: Sequence[Trials], matrices: Sequence[npt.NDArray[np.floa
         impostors=len(impostors),
         false_rejects=_rate(list(targets < 0)),
         false_accepts=_rate(list(impostors >= 0)),
+        det=det_points(targets, impostors),
     )
 
 

@@ -1,0 +1,100 @@
+"""What a network costs: parameters, bytes, multiplications, milliseconds."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import ModelProto, NodeProto, TensorProto
+
+from model_store.graph import OUTPUTS
+from model_store.inference import open_session
+from training.audio_cache import SAMPLE_RATE_HZ
+
+WARM_UP_RUNS, TIMED_RUNS = 30, 300
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """Median milliseconds for one second of audio in ONNX Runtime."""
+
+    one_thread: float
+    all_threads: float
+    threads: int
+
+
+def one_second() -> dict[str, Any]:
+    """Noise, as the served graph takes it; what it costs does not depend on what is heard."""
+    noise = np.random.default_rng(0).standard_normal((1, SAMPLE_RATE_HZ)).astype(np.float32) * np.float32(0.05)
+    return {"waveform": noise, "lengths": np.array([SAMPLE_RATE_HZ], dtype=np.int64)}
+
+
+def latencies_ms(graphs: Mapping[str, bytes], *, runs: int = TIMED_RUNS) -> dict[str, Latency]:
+    """Side by side in one run: the graphs take turns, so what slows the machine slows them all."""
+    threads = len(os.sched_getaffinity(0))
+    feeds = one_second()
+    medians: dict[int, dict[str, float]] = {}
+    for count in (1, threads):
+        sessions = {name: open_session(graph, threads=count) for name, graph in graphs.items()}
+        times: dict[str, list[float]] = {name: [] for name in graphs}
+        for run in range(WARM_UP_RUNS + runs):
+            for name, session in sessions.items():
+                start = time.perf_counter()
+                session.run(list(OUTPUTS), feeds)
+                if run >= WARM_UP_RUNS:
+                    times[name].append(time.perf_counter() - start)
+        medians[count] = {name: float(np.median(taken) * 1e3) for name, taken in times.items()}
+    return {name: Latency(medians[1][name], medians[threads][name], threads) for name in graphs}
+
+
+def multiply_accumulates(graph: bytes) -> int:
+    """Of the convolutions and matrix products, for one second of audio.
+
+    Counted from the shapes that really occur: every such node's output is made an output of the graph,
+    which is then run once, not optimised.
+    """
+    model = onnx.load_from_string(graph)
+    counted = [node for node in model.graph.node if node.op_type in {"Conv", "MatMul", "Gemm"}]
+    wanted = sorted({name for node in counted for name in (node.input[0], node.output[0])})
+    given = {item.name for item in (*model.graph.input, *model.graph.initializer)}
+    declared = {item.name for item in model.graph.output}
+    for name in wanted:
+        if name not in given and name not in declared:
+            model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    feeds = one_second()
+    shapes = {
+        name: np.shape(value) for name, value in zip(names, session.run(names, feeds), strict=True) if value is not None
+    }
+    shapes |= {name: np.shape(value) for name, value in feeds.items()}
+    weights = {item.name: tuple(item.dims) for item in model.graph.initializer}
+    return sum(_products(node, shapes | weights) for node in counted)
+
+
+def _products(node: NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    made = int(np.prod(shapes[node.output[0]]))
+    if node.op_type == "Conv":
+        # [out, in / groups, *kernel]: each output value sums over all but the first.
+        return made * int(np.prod(shapes[node.input[1]][1:]))
+    inner = shapes[node.input[0]][0 if _transposed(node) else -1]
+    return made * int(inner)
+
+
+def _transposed(node: NodeProto) -> bool:
+    return any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
+
+
+def stored_parameters(graph: bytes) -> int:
+    """Floating-point numbers stored in the graph, constants of the front end included."""
+    model: ModelProto = onnx.load_from_string(graph)
+    kinds = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.INT8, TensorProto.UINT8}
+    return sum(int(np.prod(item.dims)) for item in model.graph.initializer if item.data_type in kinds)

@@ -1,0 +1,173 @@
+"""A study as one Markdown page with plots: what `sotto report` writes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+from training.study import Measured, Outcome
+
+ACCURACY, EER = "keywords top-1", "sv EER"
+ONE_THREAD, ALL_THREADS = "one second of audio, one thread", "one second of audio, all threads"
+# (heading, figure, decimals)
+COLUMNS = (
+    ("keywords, %", ACCURACY, 2),
+    ("`asc`, %", "asc top-1", 2),
+    ("SV EER, %", EER, 2),
+    ("minDCF", "sv minDCF(0.01)", 3),
+    ("Cllr", "sv Cllr", 3),
+    ("parameters, M", "parameters", 2),
+    ("with training heads, M", "parameters, training heads included", 2),
+    ("file, MB", "file", 2),
+    ("MACs/s, M", "multiply-accumulates", 0),
+    ("1 s on 1 thread, ms", ONE_THREAD, 2),
+    ("1 s on all, ms", ALL_THREADS, 2),
+)
+DET_TICKS = (0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6)
+NORMAL = NormalDist()
+ABSENT = "-"
+
+
+def write_page(outcome: Outcome, page: Path) -> None:
+    """`page` and, beside it, its plots as PNG files named after it."""
+    page.parent.mkdir(parents=True, exist_ok=True)
+    plots = [
+        ("det", "Misses against false accepts", _det(outcome)),
+        ("size", "Keyword accuracy against size", _against(outcome, "parameters", "parameters, M")),
+        ("latency", "Keyword accuracy against latency", _against(outcome, ONE_THREAD, "one second on one thread, ms")),
+    ]
+    lines = [f"# {outcome.title}", ""]
+    if outcome.intro:
+        lines += [outcome.intro.strip(), ""]
+    lines += [
+        f"Measured on the {outcome.split} split, through HTTP, by",
+        "",
+        f"    {outcome.command}",
+        "",
+        "No weight, checkpoint, threshold or calibration was fitted or selected on that split.",
+        "",
+        *table(outcome),
+        "",
+        "Intervals are 95 % (Wilson). `with training heads` counts what is left behind at export.",
+        "",
+        *comparison(outcome),
+    ]
+    for name, title, draw in plots:
+        file = page.with_name(f"{page.stem}-{name}.png")
+        _draw(draw, file)
+        lines += ["", f"## {title}", "", f"![{title}]({file.name})"]
+    page.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def table(outcome: Outcome) -> list[str]:
+    """One line for each row, one column for each figure that any row has."""
+    columns = [one for one in COLUMNS if any(math.isfinite(row.value(one[1])) for row in outcome.rows.values())]
+    lines = [
+        "| | " + " | ".join(heading for heading, _, _ in columns) + " |",
+        "| --- |" + " ---: |" * len(columns),
+    ]
+    for row in outcome.rows.values():
+        if row.error:
+            lines.append(f"| {row.title} | " + " | ".join([f"failed: {_plain(row.error)}"] + [""] * (len(columns) - 1)))
+            lines[-1] += " |"
+            continue
+        lines.append(f"| {row.title} | " + " | ".join(_cell(row, name, places) for _, name, places in columns) + " |")
+    return lines
+
+
+def comparison(outcome: Outcome) -> list[str]:
+    """The student and every other row against the reference, in the paper's terms."""
+    reference = outcome.rows[outcome.reference]
+    if reference.error:
+        return ["The reference failed, so nothing is compared with it."]
+    lines = [
+        f"## Against {reference.title}",
+        "",
+        "| | smaller by | fewer MACs by | faster by (one thread) | accuracy, points | EER, points |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, row in outcome.rows.items():
+        if name == outcome.reference or row.error:
+            continue
+        shares = [_saved(row, reference, figure) for figure in ("parameters", "multiply-accumulates", ONE_THREAD)]
+        changes = [_change(row, reference, figure) for figure in (ACCURACY, EER)]
+        lines.append(f"| {row.title} | " + " | ".join([*shares, *changes]) + " |")
+    return lines
+
+
+def _cell(row: Measured, name: str, places: int) -> str:
+    value = row.value(name)
+    if not math.isfinite(value):
+        return ABSENT
+    text = f"{value:.{places}f}"
+    detail = next(figure.detail for figure in row.figures if figure.name == name)
+    interval = detail.split(";")[0].removeprefix("95 % interval ").split(",")[0]
+    return f"{text} ({interval})" if "95 % interval" in detail else text
+
+
+def _saved(row: Measured, reference: Measured, figure: str) -> str:
+    share = 1 - row.value(figure) / reference.value(figure)
+    return f"{share * 100:.1f} %" if math.isfinite(share) else ABSENT
+
+
+def _change(row: Measured, reference: Measured, figure: str) -> str:
+    change = row.value(figure) - reference.value(figure)
+    return f"{change:+.2f}" if math.isfinite(change) else ABSENT
+
+
+def _plain(error: str) -> str:
+    return error.splitlines()[0].replace("|", "/")[:120]
+
+
+def _draw(draw: Callable[[Any], None], file: Path) -> None:
+    # Without a display, and without matplotlib's global state.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    draw(figure.add_subplot())
+    figure.savefig(file, dpi=110, metadata={"Software": None})
+
+
+def _det(outcome: Outcome) -> Callable[[Any], None]:
+    def draw(axes: Any) -> None:
+        for row in outcome.rows.values():
+            points = row.det.get("sv", [])
+            if points:
+                accepts, misses = ([NORMAL.inv_cdf(rate) for rate in rates] for rates in zip(*points, strict=True))
+                axes.plot(accepts, misses, label=row.title, linewidth=1.2)
+        places = [NORMAL.inv_cdf(tick) for tick in DET_TICKS]
+        names = [f"{tick * 100:g}" for tick in DET_TICKS]
+        axes.set_xticks(places, names)
+        axes.set_yticks(places, names)
+        axes.set_xlim(places[0], places[-1])
+        axes.set_ylim(places[0], places[-1])
+        axes.set_xlabel("false accepts, %")
+        axes.set_ylabel("misses, %")
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize=7)
+
+    return draw
+
+
+def _against(outcome: Outcome, figure: str, label: str) -> Callable[[Any], None]:
+    def draw(axes: Any) -> None:
+        for title, x, y in _points(outcome.rows.values(), figure):
+            axes.scatter([x], [y], s=24)
+            axes.annotate(title, (x, y), fontsize=7, xytext=(4, 4), textcoords="offset points")
+        axes.set_xscale("log")
+        axes.set_xlabel(label)
+        axes.set_ylabel("keyword accuracy, %")
+        axes.grid(alpha=0.3)
+
+    return draw
+
+
+def _points(rows: Sequence[Measured] | Any, figure: str) -> list[tuple[str, float, float]]:
+    found = [(row.title, row.value(figure), row.value(ACCURACY)) for row in rows]
+    return [point for point in found if math.isfinite(point[1]) and math.isfinite(point[2])]
