@@ -1,46 +1,60 @@
-"""MODEL_CARD.md: what a bundle is for, what it was made of, what was measured, and where it fails."""
+"""MODEL_CARD.md: what a bundle is for, what it was made of, what was measured, and how to make it again.
+
+What only a person can say (intended use, who is missing from the data, limits) comes from a file of theirs;
+everything else is read from the manifest, the tables and the report.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 from model_store import Manifest
 from model_store.files import describe
 from model_store.store import open_bundle
 from training.evaluation.report import Report
 from training.export import write_draft
+from training.finished import origin
+from training.manifest import Clip, Data
 
 CARD = "MODEL_CARD.md"
+UNSAID = "Nobody has written down what this model is for and where it fails (`sotto evaluate --about FILE`)."
 
 
-def record_figures(draft: Path, report: Report, *, data_name: str) -> Manifest:
-    """Put the report's figures into the draft's manifest, and write its card from `CARD_TEXT`."""
+def record_figures(draft: Path, report: Report, data: Data, *, data_name: str, about: str = "") -> Manifest:
+    """Put the report's figures into the draft's manifest, and write its card. `about` is Markdown, its headings
+    of the second level."""
     bundle = open_bundle(draft)
-    text = card(bundle.manifest, report).encode()
+    text = card(bundle.manifest, report, data, about).encode()
     files = {**bundle.manifest.files, CARD: describe(text)}
     manifest = bundle.manifest.model_copy(update={"metrics": report.metrics(data_name), "files": files})
     write_draft(draft, manifest, {CARD: text})
     return manifest
 
 
-def card(manifest: Manifest, report: Report) -> str:
+def card(manifest: Manifest, report: Report, data: Data, about: str = "") -> str:
     """The whole card as Markdown."""
     rows = "\n".join(
         f"| {figure.name} | {figure.value:.2f} {figure.unit} | {figure.detail} |" for figure in report.figures
     )
     lineage = manifest.lineage
+    trained_on = origin(lineage.recipe).choose(data.split("train"))
     return CARD_TEXT.format(
         name=manifest.name,
         labels=len(manifest.keywords.labels),
+        languages=", ".join(sorted({entry.label.split(":")[0] for entry in manifest.keywords.labels})),
         dim=manifest.speaker.dim,
         parameters=manifest.graph.parameters / 1e6,
         licence=manifest.licence,
+        about=about.strip() or UNSAID,
         rows=rows,
         command=report.command,
         split=report.split,
         thresholds=manifest.keywords.thresholds_from,
         calibration=manifest.speaker.calibration.fitted_on,
-        recipe=lineage.recipe["name"],
+        data="\n".join(_corpora(trained_on)),
+        rebuild="\n".join(f"    {line}" for line in rebuild(manifest.name, lineage.recipe)),
         recipe_digest=lineage.recipe_digest,
         revision=lineage.git_revision,
         seed=lineage.seed,
@@ -49,16 +63,41 @@ def card(manifest: Manifest, report: Report) -> str:
     )
 
 
+def rebuild(name: str, recipe: dict[str, Any]) -> list[str]:
+    """The commands from recordings to this card, for the kind of run that the recipe is of."""
+    own = recipe["name"]
+    if isinstance(recipe["data"], dict):
+        made = f"make train RECIPE=training/recipes/{own}.yaml"
+    else:
+        made = f".venv-dev/bin/sotto finetune training/recipes/{own}.yaml --init {recipe['init']} --run runs/{own}"
+    return [
+        made,
+        f".venv-dev/bin/sotto export runs/{own} --name {name}",
+        f".venv-dev/bin/sotto calibrate runs/{own}/bundle",
+        f".venv-dev/bin/sotto evaluate runs/{own}/bundle --record",
+    ]
+
+
+def _corpora(clips: list[Clip]) -> list[str]:
+    by_corpus: dict[str, list[Clip]] = defaultdict(list)
+    for clip in clips:
+        by_corpus[clip.corpus].append(clip)
+    lines = []
+    for corpus, own in sorted(by_corpus.items()):
+        hours = sum(clip.duration_s for clip in own) / 3600
+        people = len({clip.speaker for clip in own if clip.speaker})
+        languages = ", ".join(sorted({clip.language for clip in own if clip.language})) or "-"
+        licences = ", ".join(sorted({clip.licence for clip in own if clip.licence})) or "-"
+        lines.append(f"| {corpus} | {len(own)} | {hours:.2f} | {people} | {languages} | {licences} |")
+    return lines
+
+
 CARD_TEXT = """# {name}
 
-One {parameters:.2f} M parameter network, trained from scratch on real speech: {labels} keywords in Arabic, English,
-Mandarin and Spanish with times, a {dim}-dimensional speaker embedding, and a general speech embedding.
+{parameters:.2f} M parameters: {labels} keywords ({languages}) with times, a {dim}-dimensional speaker embedding, and a
+general speech embedding.
 
-## Intended use
-
-Spotting the listed words in recordings and calls; checking that a voice is the enrolled one, as one signal among
-others; features for small classifiers. Not for identifying people without their consent, not as the only lock on
-anything valuable (replayed and synthetic voices are not detected), not for transcription.
+{about}
 
 ## Figures
 
@@ -66,8 +105,8 @@ Measured through HTTP on the {split} split, whose labelled speakers the model ne
 
     {command}
 
-No weight, checkpoint or threshold was fitted or selected on that split. Figures of earlier models on it did decide that
-there should be another one, so expect slightly worse on people whom nobody has measured yet.
+No weight, checkpoint or threshold was fitted or selected on that split. Figures of earlier models on it may have
+decided that there should be another one, so expect slightly worse on people whom nobody has measured yet.
 
 | what | figure | detail |
 | --- | --- | --- |
@@ -78,37 +117,17 @@ Score calibration: {calibration}. A score of 0 is the point of equal costs at ev
 
 ## Trained on
 
-About 10 hours, some 300 people: Arabic Speech Commands (18 people), DSPSpeech-20 (Mandarin and English, 20 students of
-one course), Free Spoken Digits (4 people), a small part of Google Speech Commands (its canonical test clips, so never
-quote a Speech Commands test accuracy for this model), Mycroft's community wake words, Picovoice's wake words and coffee
-orders, WUW Corpus II (American telephone calls of 2001-2002), a few AN4 clips; espeak-ng voices for the English
-words (keyword task only). Noise: ESC-10, Berlin noise, and the noises of the speech corpora; rooms: OpenAIR, Surrey,
-one clap.
+Speakers are counted where they are told apart.
 
-## Limits
+| corpus | clips | hours | speakers | languages | licence |
+| --- | ---: | ---: | ---: | --- | --- |
+{data}
 
-* Few people for most words: 18 for Arabic, one or two for several Mycroft words. Other dialects of Arabic and other
-  accents than those in the data are untested. Children and elderly speakers are rare.
-* Speaker checks work best with six or more clips on the same kind of microphone; across telephone and close microphones
-  nothing is claimed. The telephone corpus has the highest error (see its row).
-* Everyday short words (`on`, `off`, `no`, `go`, `up`) resemble pieces of other words: in running speech they raise more
-  false alarms than the wake words do, in spite of their own thresholds.
-* Digits and commands are trained as single words with pauses around them, not as connected speech.
-
-## Licences
-
-This bundle: {licence}, the strictest share-alike terms among its data. Data: AN4 (BSD-style); Arabic Speech
-Commands, Google Speech Commands, Berlin noise: CC BY 4.0; DSPSpeech-20, Surrey rooms: MIT; Free Spoken Digits, WUW
-Corpus II: CC BY-SA 4.0; Picovoice benchmarks: Apache-2.0; Mycroft precise: public domain; ESC-10: CC0 and CC BY 3.0;
-OpenAIR rooms: CC BY 3.0/4.0, CC BY-SA 3.0; clap: CC0. Attributions travel with the data (`README.md` and `LICENSES/`
-there).
+This bundle: {licence}.
 
 ## How to rebuild
 
-    make train RECIPE=training/recipes/{recipe}.yaml
-    .venv-dev/bin/sotto export runs/{recipe} --name {name}
-    .venv-dev/bin/sotto calibrate runs/{recipe}/bundle
-    .venv-dev/bin/sotto evaluate runs/{recipe}/bundle --record
+{rebuild}
 
 Seed {seed}, code at {revision}, recipe {recipe_digest}, manifest.csv {manifest_digest}, audio {audio_digest}.
 """

@@ -219,6 +219,9 @@ def evaluate(
     peers: Annotated[Path, typer.Option(help="Python with the peers (make peers).")] = Path(".venv-peers/bin/python"),
     json_out: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
     record: Annotated[bool, typer.Option(help="Write figures and model card into the draft BUNDLE.")] = False,
+    about: Annotated[
+        Path | None, typer.Option(help="Markdown for the card: intended use, people, limits.", exists=True)
+    ] = None,
 ) -> None:
     """Measure BUNDLE (served for the occasion) or the service at --url, through HTTP.
 
@@ -245,8 +248,11 @@ def evaluate(
             )
         if record:
             from training.card import record_figures
+            from training.finished import origin
 
-            record_figures(found.path, report, data_name=f"{split} split of shared/data")
+            source = origin(found.manifest.lineage.recipe)
+            text = about.read_text(encoding="utf-8") if about else ""
+            record_figures(found.path, report, source.read(data), data_name=f"{split} split of {data.name}", about=text)
     except (TrainingError, StoreError) as error:
         raise _failed(error) from error
     console.print(report.table())

@@ -50,6 +50,7 @@ class Clip:
     duration_s: float
     word_start_s: float | None = None
     word_end_s: float | None = None
+    licence: str = ""
 
     @property
     def label(self) -> str:
@@ -202,6 +203,7 @@ def _clip(root: Path, number: int, row: dict[str, str], alignments: dict[str, tu
         duration_s=_seconds(row["duration_s"], where),
         word_start_s=start_s,
         word_end_s=end_s,
+        licence=row["licence"],
     )
 
 

@@ -78,6 +78,8 @@ class Recipe(_Strict):
     spectral: SpectralRecipe = SpectralRecipe()
     schedule: ScheduleRecipe
     loss: LossRecipe = LossRecipe()
+    # A student that `sotto distil` taught (its edge.pt), to begin with; heads begin anew.
+    init: Path | None = None
 
     def digest(self) -> str:
         """SHA-256 over what was decided; where the data lies does not count."""

@@ -7,8 +7,10 @@ and its own number, so a run killed anywhere and started again ends with the sam
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import pickle
 import platform
 import subprocess
 from collections.abc import Iterable
@@ -82,6 +84,8 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int |
     )
     torch.manual_seed(recipe.seed)
     student = Edge(1 + len(prepared.labels), recipe.shape)
+    if recipe.init is not None:
+        begin_with(student, recipe.init)
     # Channels last is what the CPU's bfloat16 kernels want; it changes speed, not results' meaning.
     student = student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
     angular = AamSoftmax(recipe.shape.speaker_dim, max(1, source.speaker_classes), recipe.loss.speaker_scale)
@@ -115,6 +119,23 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int |
         torch.save(average, folder / "student.partial")
         (folder / "student.partial").replace(folder / "student.pt")
     return folder
+
+
+def begin_with(student: Edge, weights: Path) -> None:
+    """Take over a distilled student's weights, all but the keyword head, whose classes are its own. Raises RunError."""
+    try:
+        given = torch.load(weights, weights_only=True, map_location="cpu")
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise RunError(f"{weights} does not load: {error}") from error
+    own = student.state_dict()
+    wanted = {name for name in own if not name.startswith("keyword_head.")}
+    unlike = sorted(name for name in wanted if name not in given or given[name].shape != own[name].shape)
+    if unlike:
+        raise RunError(
+            f"{weights} holds a student of another shape ({unlike[0]}, {len(unlike)} in all); "
+            "give both recipes the same shape"
+        )
+    student.load_state_dict({name: given[name] for name in wanted}, strict=False)
 
 
 def load_student(folder: Path) -> tuple[Edge, dict[str, Any]]:
@@ -262,6 +283,7 @@ def _write_run_file(recipe: Recipe, folder: Path, prepared: Prepared, source: Ba
         "python": platform.python_version(),
         "torch": torch.__version__,
         "labels": prepared.labels,
+        "init": hashlib.sha256(recipe.init.read_bytes()).hexdigest() if recipe.init else None,
         "training_clips": len(prepared.training),
         "speakers": len(source.speakers),
         "parameters": sum(parameter.numel() for parameter in student.parameters()),

@@ -17,8 +17,10 @@ import torch
 
 from tests.conftest import REPOSITORY
 from tests.training.conftest import TinyRun
+from tests.training.made_data import tiny_recipe
 from training.errors import RunError
 from training.run import learning_rate, load_student, train
+from training.students.edge import Edge
 
 # Trains as `train` does, and kills itself with SIGKILL at the place named by the fourth argument.
 KILLED_RUN = """
@@ -175,3 +177,27 @@ def assert_same_weights(first: Path, second: Path) -> None:
 
 def _environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def test_a_distilled_student_is_begun_with(made_data: Path, tmp_path: Path) -> None:
+    """After one step at a rate of nearly nothing only the keyword head is another one."""
+    recipe = tiny_recipe(made_data, steps=1, peak_learning_rate=1e-9, warmup_steps=1, average_decay=0.0)
+    torch.manual_seed(99)
+    given = Edge(2, recipe.shape).state_dict()
+    torch.save(given, tmp_path / "edge.pt")
+    begun = recipe.model_copy(update={"init": tmp_path / "edge.pt"})
+    train(begun, tmp_path / "run", tmp_path / "cache")
+    student, _ = load_student(tmp_path / "run")
+    taken = [name for name, _ in student.named_parameters() if not name.startswith("keyword_head.")]
+    assert all(torch.allclose(student.state_dict()[name], given[name], atol=1e-5) for name in taken)
+
+
+@pytest.mark.parametrize("content", [b"nothing", None])
+def test_a_student_that_does_not_fit_is_refused(made_data: Path, tmp_path: Path, content: bytes | None) -> None:
+    if content is None:
+        torch.save(Edge(2).state_dict(), tmp_path / "edge.pt")
+    else:
+        (tmp_path / "edge.pt").write_bytes(content)
+    recipe = tiny_recipe(made_data).model_copy(update={"init": tmp_path / "edge.pt"})
+    with pytest.raises(RunError, match=r"another shape|does not load"):
+        train(recipe, tmp_path / "run", tmp_path / "cache")
