@@ -1,14 +1,7 @@
 """Masked prediction of hidden units (Hsu et al. 2021, HuBERT): a teacher of one's own from audio without labels.
 
 First the units are k-means clusters of MFCC frames; then clusters of a middle layer of the model that the
-first pass made. Frames are hidden in spans of ten, about half of them, and the model names the unit of each
-hidden frame:
-
-    p(c | o_t) = softmax over c of  cos(A o_t, e_c) / 0.1        (eq. 3)
-    L = a L_hidden + (1 - a) L_visible,  L_m = - mean over frames t of  log p(z_t | o_t)    (eq. 1, 2)
-
-The paper ends with a = 1. With the few steps that a small machine can do, the visible frames are what
-teaches the CNN to hear at all; `hidden_weight` is a.
+first pass made. The losses are in `objectives/masked.py`.
 
 The result is a folder in the transformers format, which `load_teacher` opens like any public model.
 """
@@ -16,9 +9,7 @@ The result is a folder in the transformers format, which `load_teacher` opens li
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -26,23 +17,20 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from lhotse.features.kaldi.layers import Wav2LogFilterBank, Wav2MFCC
 from pydantic import BaseModel, ConfigDict, Field
 from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
 from training.audio_cache import SAMPLE_RATE_HZ, AudioCache
 from training.cuts import CutBatches, Waves, cuts_of
 from training.errors import RunError
 from training.manifest import CALIBRATION_FOLD, Clip, digest_data, read_data
+from training.objectives.masked import Hearing, MaskedPrediction
 from training.teachers import SelfSupervised, Teacher, load_teacher
 from training.trainer import Job, Schedule, Watched, fit, is_finished
+from training.units import HOP, WINDOW, Units
 
-TEMPERATURE = 0.1
-HOP, WINDOW = 320, 400
-BANDS = 40
 CNN = ("model.feature_extractor.", "model.feature_projection.")
 CLIPS_FOR_CLUSTERS = 4000
 WATCHED_BATCHES = 8
@@ -111,178 +99,6 @@ class PretrainRecipe(BaseModel):
     # Not HuBERT's: see `Hearing`.
     hearing: Schedule | None = None
     passes: tuple[UnitsRecipe, ...] = Field(min_length=1)
-
-
-class Hearing(nn.Module):
-    """What the CNN says of a frame gives its spectrum: squared error of 40 log-mel bands, each standardised
-    over the clip.
-
-    Hundreds of thousands of steps of masked prediction teach a CNN on raw samples to hear; the thousand that
-    two cores have time for do not, while this takes minutes and is then left behind.
-    """
-
-    def __init__(self, trunk: SelfSupervised) -> None:
-        super().__init__()
-        self.trunk = trunk
-        self.spectrum = nn.Linear(trunk.width, BANDS)
-        with _whole_windows():
-            self._bands = Wav2LogFilterBank(
-                frame_length=WINDOW / SAMPLE_RATE_HZ, frame_shift=HOP / SAMPLE_RATE_HZ, snip_edges=True,
-                num_filters=BANDS,
-            )  # fmt: skip
-
-    def forward(self, batch: Waves, _step: int) -> dict[str, Tensor]:
-        """The loss over all frames of the batch."""
-        waveform = batch.waveform
-        if waveform.shape[1] < WINDOW:
-            waveform = functional.pad(waveform, (0, WINDOW - waveform.shape[1]))
-        with torch.no_grad():
-            centred, variance = _centred(self._bands.to(waveform.device)(waveform), batch.lengths)
-            wanted = centred / (variance + 1e-3).sqrt()
-        found, mask = self.trunk.heard(waveform, batch.lengths)
-        loss = functional.mse_loss(self.spectrum(found[mask]).float(), wanted[mask])
-        return {"total": loss}
-
-
-class MaskedPrediction(nn.Module):
-    """The encoder with the projection A and the units' embeddings e of eq. 3, dropped when it is saved."""
-
-    def __init__(
-        self,
-        trunk: SelfSupervised,
-        clusters: int,
-        units: Units,
-        *,
-        span: int,
-        share: float,
-        hidden_weight: float = 1.0,
-    ) -> None:
-        super().__init__()
-        width = min(256, trunk.width)
-        self.trunk = trunk
-        self.project = nn.Linear(trunk.width, width)
-        self.embedding = nn.Parameter(torch.randn(clusters, width))
-        self._units = units
-        self._span, self._share, self._hidden_weight = span, share, hidden_weight
-
-    def forward(self, batch: Waves, _step: int) -> dict[str, Tensor]:
-        """Loss and share of hidden frames that are named right."""
-        target = self._units(batch)
-        counts = [min(self.trunk.frames(int(length)), target.shape[1]) for length in batch.lengths]
-        hidden = hide_spans(counts, target.shape[1], span=self._span, share=self._share).to(target.device)
-        out = self.trunk(batch.waveform, batch.lengths, hidden).hidden[-1]
-        hidden_loss, accuracy = self._name(out[hidden], target[hidden])
-        terms = {"total": hidden_loss, "hidden": hidden_loss, "accuracy": accuracy}
-        if self._hidden_weight == 1:
-            return terms
-        inside = torch.arange(target.shape[1])[None, :] < torch.tensor(counts)[:, None]
-        visible = inside.to(hidden.device) & ~hidden
-        visible_loss, terms["visible-accuracy"] = self._name(out[visible], target[visible])
-        terms["total"] = self._hidden_weight * hidden_loss + (1 - self._hidden_weight) * visible_loss
-        return terms
-
-    def _name(self, out: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        similarity = functional.linear(
-            functional.normalize(self.project(out).float(), dim=1),
-            functional.normalize(self.embedding.float(), dim=1),
-        )
-        loss = functional.cross_entropy(similarity / TEMPERATURE, target)
-        return loss, (similarity.argmax(dim=1) == target).float().mean()
-
-
-def hide_spans(counts: Sequence[int], frames: int, *, span: int, share: float) -> Tensor:
-    """[B, frames] bool: spans that start at random, as many as would hide `share` of each clip's frames if they
-    never met (fairseq's compute_mask_indices, as HuBERT uses it). Every clip has at least one hidden frame."""
-    hidden = torch.zeros(len(counts), frames, dtype=torch.bool)
-    for row, count in enumerate(counts):
-        length = min(span, max(1, count // 2))
-        starts = max(1, int(share * count / length + float(torch.rand(()))))
-        for start in torch.randperm(count - length + 1)[:starts].tolist():
-            hidden[row, start : start + length] = True
-    return hidden
-
-
-class Units:
-    """Cluster numbers of frames: nearest of `centres` [C, D] to MFCC or to a teacher's layer."""
-
-    def __init__(self, centres: npt.NDArray[np.float32], teacher: Teacher | None = None, layer: int = 0) -> None:
-        self._centres = torch.from_numpy(np.asarray(centres, dtype=np.float32))
-        self._teacher = teacher
-        self._layer = layer
-        self._mfcc = Mfcc()
-
-    @torch.no_grad()
-    def __call__(self, batch: Waves) -> Tensor:
-        """[B, T] int64."""
-        features = self.features(batch)
-        centres = self._centres.to(features.device)
-        distance: Tensor = centres.square().sum(dim=1) - 2 * features @ centres.T
-        return distance.argmin(dim=2)
-
-    @torch.no_grad()
-    def features(self, batch: Waves) -> Tensor:
-        """[B, T, D]; the frames of the model that will predict them."""
-        if self._teacher is None:
-            found: Tensor = self._mfcc(batch.waveform, batch.lengths)
-            return found
-        self._teacher.to(batch.waveform.device)
-        heard: Tensor = self._teacher(batch.waveform, batch.lengths).hidden[self._layer]
-        return heard.float()
-
-
-class Mfcc(nn.Module):
-    """13 coefficients with first and second differences, one frame of 25 ms every 20 ms: the CNN's frames.
-
-    HuBERT's are 10 ms apart and every second one is used. [B, N] -> [B, T, 39].
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        with _whole_windows():
-            self._cepstra = Wav2MFCC(
-                frame_length=WINDOW / SAMPLE_RATE_HZ, frame_shift=HOP / SAMPLE_RATE_HZ, snip_edges=True
-            )
-
-    def forward(self, waveform: Tensor, lengths: Tensor) -> Tensor:
-        if waveform.shape[1] < WINDOW:
-            waveform = functional.pad(waveform, (0, WINDOW - waveform.shape[1]))
-        static: Tensor = self._cepstra.to(waveform.device)(waveform)
-        static = _centred(static, lengths)[0]
-        first = _differences(static)
-        return torch.cat([static, first, _differences(first)], dim=2)
-
-
-@contextmanager
-def _whole_windows() -> Iterator[None]:
-    """Frames for whole windows only, as the CNN takes them: lhotse warns that it would rather have one for every
-    hop. It also makes its filters in a way that NumPy 2 warns of."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Setting snip_edges=True")
-        warnings.filterwarnings("ignore", message="__array_wrap__", category=DeprecationWarning)
-        yield
-
-
-def _centred(features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Each coefficient with mean 0 over the clip, and its variance there. [B, T, D] -> the same, [B, 1, D].
-
-    Else clusters would be mostly levels and microphones, which the CNN's first norm hides from the model
-    and which differ more between our corpora than between LibriSpeech's books.
-    """
-    counts = ((lengths - WINDOW) // HOP + 1).clamp(min=1).to(features.device)
-    inside = (torch.arange(features.shape[1], device=features.device)[None, :] < counts[:, None])[:, :, None]
-    counts = counts[:, None, None]
-    mean = (features * inside).sum(dim=1, keepdim=True) / counts
-    centred = (features - mean) * inside
-    return centred, centred.square().sum(dim=1, keepdim=True) / counts
-
-
-def _differences(x: Tensor) -> Tensor:
-    """Slope of a line through five frames, the usual regression; edges repeat. [B, T, D] -> the same."""
-    padded = torch.cat([x[:, :1], x[:, :1], x, x[:, -1:], x[:, -1:]], dim=1)
-    count = x.shape[1]
-    near = padded[:, 3 : 3 + count] - padded[:, 1 : 1 + count]
-    far = padded[:, 4 : 4 + count] - padded[:, 0:count]
-    return (near + 2 * far) / 10
 
 
 def pretrain(recipe: PretrainRecipe, folder: Path, cache_folder: Path, *, stop_after: int | None = None) -> Path:

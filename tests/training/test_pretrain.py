@@ -14,17 +14,10 @@ from training.audio_cache import AudioCache
 from training.cuts import CutBatches, Waves, cuts_of
 from training.errors import ManifestError, RunError
 from training.manifest import read_data
-from training.pretrain import (
-    Hearing,
-    MaskedPrediction,
-    Mfcc,
-    PretrainRecipe,
-    TeacherShape,
-    Units,
-    hide_spans,
-    pretrain,
-)
+from training.objectives.masked import Hearing, MaskedPrediction, hide_spans
+from training.pretrain import PretrainRecipe, TeacherShape, pretrain
 from training.teachers import SelfSupervised, load_teacher
+from training.units import Mfcc, Units
 
 TINY = {"hidden_size": 16, "layers": 2, "heads": 2, "feed_forward": 32, "conv_channels": 8}
 

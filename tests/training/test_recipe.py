@@ -7,10 +7,15 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from tests.conftest import REPOSITORY
+from training.distil import DistilRecipe
 from training.errors import RecipeError
-from training.recipe import Recipe, load_recipe
+from training.finetune import FinetuneRecipe
+from training.pretrain import PretrainRecipe
+from training.recipe import Recipe, load_recipe, read_recipe
+from training.study import StudyRecipe
 
 LEAST: dict[str, Any] = {"name": "least", "data": {"root": "here"}, "schedule": {"steps": 10, "batch_size": 4}}
 
@@ -123,6 +128,24 @@ def test_recipe_survives_the_run_file() -> None:
     assert Recipe.model_validate(recipe.model_dump(mode="json")).digest() == recipe.digest()
 
 
+KINDS: dict[str, type[BaseModel]] = {
+    "edge": Recipe,
+    "teacher": PretrainRecipe,
+    "distil": DistilRecipe,
+    "finetune": FinetuneRecipe,
+    "kerpicci": StudyRecipe,
+}
+
+
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "training/recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_recipe_loads_and_has_the_name_of_its_file(path: Path) -> None:
-    assert load_recipe(path).name == path.stem
+    recipe: Any = read_recipe(path, KINDS[path.stem])
+    assert recipe.name == path.stem
+
+
+def test_shipped_study_names_recipes_that_load() -> None:
+    """Its paths are taken from the working directory, which is the repository's root for every command in README."""
+    study = read_recipe(REPOSITORY / "training/recipes/kerpicci.yaml", StudyRecipe)
+    for path in (study.teacher, study.finetune, *study.distil.values()):
+        assert (REPOSITORY / path).is_file()
+    assert study.student in study.rows
