@@ -7,7 +7,7 @@ Prediction heads stay in the run folder; what is handed on has none.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -18,15 +18,19 @@ from torch import Tensor, nn
 from training.audio_cache import AudioCache
 from training.cuts import CutBatches, Waves, cuts_of
 from training.errors import TeacherError
+from training.feature_cache import CachedTeacher
 from training.manifest import CALIBRATION_FOLD, Clip, digest_data, read_data
 from training.objectives.distillation import distillation_loss
 from training.pretrain import save_teacher
 from training.students.distil import PredictionHeads, student_of
 from training.students.edge import FRAME_HOP, Edge, EdgeShape
-from training.teachers import SelfSupervised, Teacher, at_centres, load_teacher
-from training.trainer import Job, Schedule, Watched, fit, is_finished
+from training.teachers import HiddenStates, SelfSupervised, Teacher, at_centres, load_teacher
+from training.trainer import Job, Schedule, Watched, fit, is_finished, to_device
 
 WATCHED_BATCHES = 8
+
+# What a teacher says about a batch.
+Judge = Callable[[Waves], HiddenStates]
 
 
 class DistilRecipe(BaseModel):
@@ -48,23 +52,26 @@ class DistilRecipe(BaseModel):
     cnn_rate: float = Field(default=0.1, ge=0, le=1)
     batch_s: float = Field(default=60.0, gt=1)
     longest_s: float = Field(default=8.0, gt=0.5)
+    # Up to so much of the teacher's target layers is kept on disk, in the cache folder; 0 keeps nothing.
+    feature_cache_gb: float = Field(default=0.0, ge=0)
     schedule: Schedule
 
 
 class Distillation(nn.Module):
     """A student of the teacher's own kind with its prediction heads."""
 
-    def __init__(self, student: SelfSupervised, teacher: Teacher, targets: Sequence[int]) -> None:
+    def __init__(
+        self, student: SelfSupervised, teacher: Teacher, targets: Sequence[int], judge: Judge | None = None
+    ) -> None:
         super().__init__()
         _check_targets(targets, teacher)
         self.student = student
         self.heads = PredictionHeads(student.width, targets, teacher.width)
-        # Out of the module's sight: neither saved nor counted nor trained.
-        self._teacher = (teacher,)
+        # In a function, out of the module's sight: neither saved nor counted nor trained.
+        self._judge = judge or _at_once(teacher)
 
     def forward(self, batch: Waves, _step: int) -> dict[str, Tensor]:
-        teacher = self._teacher[0].to(batch.waveform.device)
-        wanted = teacher(batch.waveform, batch.lengths)
+        wanted = self._judge(batch)
         found = self.student(batch.waveform, batch.lengths)
         loss = distillation_loss(self.heads(found.hidden[-1]), wanted.hidden, self.heads.targets, found.mask)
         return {"total": loss}
@@ -73,19 +80,23 @@ class Distillation(nn.Module):
 class EdgeDistillation(nn.Module):
     """The edge student: its frames are 50 ms apart, so the teacher's are interpolated at their centres."""
 
-    def __init__(self, student: Edge, teacher: Teacher, targets: Sequence[int]) -> None:
+    def __init__(self, student: Edge, teacher: Teacher, targets: Sequence[int], judge: Judge | None = None) -> None:
         super().__init__()
         _check_targets(targets, teacher)
         self.student = student
         self.heads = PredictionHeads(2 * student.shape.task_width, targets, teacher.width)
-        self._teacher = (teacher,)
+        self._judge = judge or _at_once(teacher)
+        self._timing = (teacher,)
 
     def forward(self, batch: Waves, _step: int) -> dict[str, Tensor]:
-        teacher = self._teacher[0].to(batch.waveform.device)
-        wanted = teacher(batch.waveform, batch.lengths)
+        teacher = self._timing[0]
+        wanted = self._judge(batch)
         found = self.student(batch.waveform, batch.lengths)
         centres = torch.arange(found.frames.shape[1]) * float(FRAME_HOP)
-        at = [at_centres(hidden, teacher, centres) for hidden in wanted.hidden]
+        at = [
+            at_centres(hidden, teacher, centres) if layer in self.heads.targets else hidden
+            for layer, hidden in enumerate(wanted.hidden)
+        ]
         # Where a frame's centre lies past the clip's last whole teacher frame, nothing is known of it.
         last = batch.lengths - teacher.reach / 2
         known = found.mask & (centres.to(last.device)[None, :] <= last[:, None])
@@ -108,7 +119,10 @@ def distil(
     fold = [clip for clip in clips if clip.split == CALIBRATION_FOLD]
     cache = AudioCache.build(cache_folder, [clip.path for clip in (*train, *fold)])
     torch.manual_seed(recipe.seed)
-    stage = build(recipe, loaded)
+    judge = None
+    if recipe.feature_cache_gb:
+        judge = CachedTeacher(loaded, recipe.targets, cache_folder / "features", int(recipe.feature_cache_gb * 1e9))
+    stage = build(recipe, loaded, judge)
     watched = _batches(recipe, fold, cache) if fold else None
     job = Job(
         stage=stage,
@@ -133,11 +147,15 @@ def distil(
     return folder
 
 
-def build(recipe: DistilRecipe, teacher: Teacher) -> Distillation | EdgeDistillation:
+def build(recipe: DistilRecipe, teacher: Teacher, judge: Judge | None = None) -> Distillation | EdgeDistillation:
     """The student before its first step. Raises TeacherError where recipe and teacher do not fit."""
     if recipe.shape == "edge":
-        return EdgeDistillation(Edge(2, recipe.edge), teacher, recipe.targets)
-    return Distillation(student_of(teacher, layers=recipe.layers), teacher, recipe.targets)
+        return EdgeDistillation(Edge(2, recipe.edge), teacher, recipe.targets, judge)
+    return Distillation(student_of(teacher, layers=recipe.layers), teacher, recipe.targets, judge)
+
+
+def _at_once(teacher: Teacher) -> Judge:
+    return lambda batch: teacher.to(batch.waveform.device)(batch.waveform, batch.lengths)
 
 
 def _check_targets(targets: Sequence[int], teacher: Teacher) -> None:
@@ -159,6 +177,6 @@ def _look(stage: nn.Module, batches: CutBatches) -> Watched:
     losses = []
     for number in range(WATCHED_BATCHES):
         batch = batches[number]
-        losses.append(float(stage(Waves(batch.waveform.to(device), batch.lengths.to(device)), 0)["total"]))
+        losses.append(float(stage(to_device(batch, device), 0)["total"]))
     loss = sum(losses) / len(losses)
     return Watched(-loss, {"loss": loss})

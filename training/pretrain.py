@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
 from training.audio_cache import SAMPLE_RATE_HZ, AudioCache
-from training.cuts import CutBatches, Waves, cuts_of
+from training.cuts import CutBatches, cuts_of
 from training.errors import RunError
 from training.manifest import CALIBRATION_FOLD, Clip, digest_data, read_data
 from training.objectives.masked import Hearing, MaskedPrediction
 from training.teachers import SelfSupervised, Teacher, load_teacher
-from training.trainer import Job, Schedule, Watched, fit, is_finished
+from training.trainer import Job, Schedule, Watched, fit, is_finished, to_device
 from training.units import HOP, WINDOW, Units
 
 CNN = ("model.feature_extractor.", "model.feature_projection.")
@@ -224,7 +224,7 @@ def _look(stage: nn.Module, batches: CutBatches) -> Watched:
         torch.manual_seed(number)
         device = next(stage.parameters()).device
         batch = batches[number]
-        terms = stage(Waves(batch.waveform.to(device), batch.lengths.to(device)), 0)
+        terms = stage(to_device(batch, device), 0)
         for name, value in terms.items():
             sums[name] = sums.get(name, 0.0) + float(value) / WATCHED_BATCHES
     return Watched(-sums.get("hidden", sums["total"]), sums)
