@@ -1,7 +1,7 @@
 # Thin: each line is a command that a person could type.
 PYTHON ?= python3
 
-.PHONY: serve test lint format train bench peers examples clean
+.PHONY: serve test lint format train bench peers teachers examples clean
 
 serve: .venv/installed
 	@exec .venv/bin/sotto serve
@@ -44,6 +44,14 @@ clean:
 	$(PYTHON) -m venv .venv-dev
 	.venv-dev/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
 	.venv-dev/bin/pip install --quiet --disable-pip-version-check --editable '.[train,dev]'
+	@touch $@
+
+# Networks of other people that teach ours (see training/hints.py); used in training only.
+teachers: .teachers/installed
+
+.teachers/installed: .venv-dev/installed
+	.venv-dev/bin/pip download --quiet --disable-pip-version-check --no-deps --dest .teachers openwakeword==0.5.1
+	cd .teachers && ../.venv-dev/bin/python -m zipfile -e openwakeword-0.5.1-py3-none-any.whl .
 	@touch $@
 
 .venv-peers/installed:

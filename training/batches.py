@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +21,9 @@ from training.alignment import loudest_speech
 from training.audio_cache import SAMPLE_RATE_HZ, AudioCache, Waveform
 from training.augment import Augmenter, AugmentRecipe, change_speed
 from training.manifest import Clip, Data
+from training.students.edge import FRAME_HOP
+from training.voices import WIDTH as VOICE_WIDTH
+from training.voices import Voices
 
 NO_SPEAKER = -1
 
@@ -33,6 +38,32 @@ class Batch:
     word_s: torch.Tensor  # [B, 2] float32, start and end of the keyword in the crop; zeros for none
     possible: torch.Tensor  # [B, K] bool, False where the label may be spoken without being marked
     speaker: torch.Tensor  # [B] int64, NO_SPEAKER where unknown
+    hint: torch.Tensor | None = None  # [B, T, D] float32, a teacher's vectors at the student's frames
+    hinted: torch.Tensor | None = None  # [B, T] bool, False where the teacher said nothing
+    voice: torch.Tensor | None = None  # [B, 256] float32, a speaker teacher's vectors; zeros for none
+
+
+@dataclass(frozen=True, slots=True)
+class _Crop:
+    """A stretch of a clip on its way into a batch."""
+
+    samples: Waveform
+    length: int  # of what is valid, in samples
+    word_s: tuple[float, float]
+    whole: bool  # whether the clip's word is in it
+    begin: int  # the clip's sample at which it starts
+    offset: int  # where in the crop that sample lies
+    speed: float
+
+
+class Hints(Protocol):
+    """What a teacher says about a clip at given times."""
+
+    width: int
+
+    def at(self, path: Path, samples: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+        """Vectors [T, D] at the clip's sample positions [T], and where they are known."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +93,11 @@ class BatchSource(Dataset[Batch]):
         sampling: SamplingRecipe,
         augment: AugmentRecipe,
         steps: int = 0,
+        hints: Hints | None = None,
+        voices: Voices | None = None,
     ) -> None:
+        self._hints = hints
+        self._voices = voices
         self._clips = list(clips)
         self._cache = cache
         self._batch_size = batch_size
@@ -92,13 +127,19 @@ class BatchSource(Dataset[Batch]):
         rng = np.random.default_rng((self._seed, step))
         progress = step / self._steps if self._steps else 0.0
         items = [self._item(rng, progress) for _ in range(self._batch_size)]
+        hints = [self._hint(item[0], item[3]) for item in items] if self._hints is not None else []
         return Batch(
-            waveform=torch.from_numpy(np.stack([item[0] for item in items])),
-            lengths=torch.tensor([item[1] for item in items]),
-            keyword=torch.tensor([item[2] for item in items]),
-            word_s=torch.tensor([item[3] for item in items], dtype=torch.float32),
-            possible=torch.from_numpy(np.stack([item[4] for item in items])),
-            speaker=torch.tensor([item[5] for item in items]),
+            waveform=torch.from_numpy(np.stack([item[0].samples for item in items])),
+            lengths=torch.tensor([item[0].length for item in items]),
+            keyword=torch.tensor([item[1] for item in items]),
+            word_s=torch.tensor([item[0].word_s for item in items], dtype=torch.float32),
+            possible=torch.from_numpy(np.stack([item[2] for item in items])),
+            speaker=torch.tensor([item[4] for item in items]),
+            hint=torch.from_numpy(np.stack([hint for hint, _ in hints])) if hints else None,
+            hinted=torch.from_numpy(np.stack([known for _, known in hints])) if hints else None,
+            voice=torch.from_numpy(np.stack([self._voice(item[0], item[3]) for item in items]))
+            if self._voices is not None
+            else None,
         )
 
     def _weight(self, clip: Clip) -> float:
@@ -113,28 +154,43 @@ class BatchSource(Dataset[Batch]):
 
     def _item(
         self, rng: np.random.Generator, progress: float
-    ) -> tuple[Waveform, int, int, tuple[float, float], npt.NDArray[np.bool_], int]:
+    ) -> tuple[_Crop, int, npt.NDArray[np.bool_], Clip | None, int]:
+        """(corrupted crop, keyword class, possible labels, the clip, speaker class)."""
         size = round(self._sampling.crop_s * SAMPLE_RATE_HZ)
         if rng.random() < self._sampling.p_noise_only:
             noise = self._augmenter.corrupt(self._augmenter.noise(size, rng), rng, progress=progress)
             everything = np.ones(len(self._class_of) + 1, dtype=np.bool_)
-            return noise, size, 0, (0.0, 0.0), everything, NO_SPEAKER
+            return _Crop(noise, size, (0.0, 0.0), False, 0, 0, 1.0), 0, everything, None, NO_SPEAKER
         index = int(np.searchsorted(self._cumulative, rng.random()))
         clip = self._clips[index]
         speed_index = self._augmenter.speed(rng)
-        crop, length, word_s, whole = self._crop(index, self._speeds[speed_index], size, rng)
+        crop = self._crop(index, self._speeds[speed_index], size, rng)
         speaker = NO_SPEAKER
         if clip.speaker:
             speaker = self._speaker_index[clip.speaker] * len(self._speeds) + speed_index
-        crop = self._augmenter.corrupt(crop, rng, progress=progress)
-        crop[length:] = 0.0
-        keyword = self._class_of[clip.label] if clip.keyword and whole else 0
-        return crop, length, keyword, word_s, self._possible[index], speaker
+        heard = self._augmenter.corrupt(crop.samples, rng, progress=progress)
+        heard[crop.length :] = 0.0
+        keyword = self._class_of[clip.label] if clip.keyword and crop.whole else 0
+        return replace(crop, samples=heard), keyword, self._possible[index], clip, speaker
 
-    def _crop(
-        self, index: int, speed: float, size: int, rng: np.random.Generator
-    ) -> tuple[Waveform, int, tuple[float, float], bool]:
-        """(samples, valid length, word interval in the crop, is the word in it) at the given speed."""
+    def _hint(self, crop: _Crop, clip: Clip | None) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+        """The teacher's vectors at the crop's frames; it heard the clip as it was recorded."""
+        assert self._hints is not None
+        centres = np.arange(0, len(crop.samples), FRAME_HOP, dtype=np.float64)
+        if clip is None:
+            return np.zeros((len(centres), self._hints.width), dtype=np.float32), np.zeros(len(centres), dtype=np.bool_)
+        vectors, known = self._hints.at(clip.path, crop.begin + (centres - crop.offset) * crop.speed)
+        return vectors, known & (centres < crop.length)
+
+    def _voice(self, crop: _Crop, clip: Clip | None) -> npt.NDArray[np.float32]:
+        """At another speed the voice is another person's, whom the teacher never heard."""
+        assert self._voices is not None
+        if clip is None or crop.speed != 1.0:
+            return np.zeros(VOICE_WIDTH, dtype=np.float32)
+        return self._voices.of(clip.path)
+
+    def _crop(self, index: int, speed: float, size: int, rng: np.random.Generator) -> _Crop:
+        """At the given speed."""
         clip = self._clips[index]
         start_s, end_s = self._words[index]
         total = self._cache.length(clip.path)
@@ -167,7 +223,7 @@ class BatchSource(Dataset[Batch]):
         rng: np.random.Generator,
         word_s: tuple[float, float],
         whole: bool,
-    ) -> tuple[Waveform, int, tuple[float, float], bool]:
+    ) -> _Crop:
         samples = change_speed(self._cache.read(clip.path, begin, begin + reach), speed)[:size]
         crop = np.zeros(size, dtype=np.float32)
         room = size - len(samples)
@@ -178,7 +234,7 @@ class BatchSource(Dataset[Batch]):
         crop[offset : offset + len(samples)] = samples
         shift = offset / SAMPLE_RATE_HZ
         shifted = (word_s[0] + shift, word_s[1] + shift) if whole else (0.0, 0.0)
-        return crop, len(samples) if alone else size, shifted, whole
+        return _Crop(crop, len(samples) if alone else size, shifted, whole, begin, offset, speed)
 
 
 def batches(source: BatchSource, first_step: int, last_step: int, *, workers: int) -> Iterator[Batch]:

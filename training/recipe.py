@@ -65,6 +65,21 @@ class LossRecipe(_Strict):
     shared_gradient_from_step: int = Field(default=0, ge=0)
 
 
+class HintsRecipe(_Strict):
+    """Google's speech embedding as a teacher of the keyword branch's frames (see `training/hints.py`)."""
+
+    # The folder with its two graphs (`make teachers`); where it lies does not count.
+    teacher: Path = Path(".teachers/openwakeword/resources/models")
+    weight: float = Field(default=1.0, gt=0)
+
+
+class VoicesRecipe(_Strict):
+    """Resemblyzer as a teacher of the speaker embedding (see `training/voices.py`)."""
+
+    python: Path = Path(".venv-peers/bin/python")
+    weight: float = Field(default=1.0, gt=0)
+
+
 class Recipe(_Strict):
     """The whole file."""
 
@@ -80,10 +95,13 @@ class Recipe(_Strict):
     loss: LossRecipe = LossRecipe()
     # A student that `sotto distil` taught (its edge.pt), to begin with; heads begin anew.
     init: Path | None = None
+    hints: HintsRecipe | None = None
+    voices: VoicesRecipe | None = None
 
     def digest(self) -> str:
         """SHA-256 over what was decided; where the data lies does not count."""
-        return hashlib.sha256(self.model_dump_json(exclude={"data": {"root"}}).encode()).hexdigest()
+        decided = self.model_dump_json(exclude={"data": {"root"}, "hints": {"teacher"}, "voices": {"python"}})
+        return hashlib.sha256(decided.encode()).hexdigest()
 
 
 def load_recipe(path: Path) -> Recipe:

@@ -26,6 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 from training.audio_cache import SAMPLE_RATE_HZ, AudioCache
 from training.batches import NO_SPEAKER, Batch, BatchSource, batches
 from training.errors import RunError
+from training.hints import HintCache, HintHead, SpeechEmbedding
 from training.manifest import CALIBRATION_FOLD, Clip, Data, digest_data, labels_of, read_data
 from training.monitor import watch
 from training.objectives.speaker import AamSoftmax
@@ -34,6 +35,7 @@ from training.recipe import Recipe
 from training.spectral import SpectralAugment
 from training.students.edge import FRAME_HOP, Edge
 from training.synthesis import synthesize
+from training.voices import VoiceHead, Voices
 
 FRAME_HOP_S = FRAME_HOP / SAMPLE_RATE_HZ
 MONITOR_EVERY_CHECKPOINTS = 2
@@ -48,6 +50,16 @@ class Prepared:
     monitor: list[Clip]
     labels: list[str]
     cache: AudioCache
+
+
+class TrainingHeads(nn.Module):
+    """What learns beside the student and is left behind: speakers' centres, predictions of teachers' vectors."""
+
+    def __init__(self, recipe: Recipe, speakers: int) -> None:
+        super().__init__()
+        self.angular = AamSoftmax(recipe.shape.speaker_dim, speakers, recipe.loss.speaker_scale)
+        self.hint = HintHead(recipe.shape.task_width) if recipe.hints is not None else None
+        self.voice = VoiceHead(recipe.shape.speaker_dim) if recipe.voices is not None else None
 
 
 def prepare(recipe: Recipe, cache_folder: Path) -> Prepared:
@@ -71,6 +83,13 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int |
     Raises RunError when `folder` holds a run of another recipe.
     """
     prepared = prepare(recipe, cache_folder)
+    clips = [clip.path for clip in prepared.training]
+    hints = voices = None
+    if recipe.hints is not None:
+        teacher = SpeechEmbedding(recipe.hints.teacher, threads=torch.get_num_threads())
+        hints = HintCache.build(cache_folder, teacher, clips, prepared.cache)
+    if recipe.voices is not None:
+        voices = Voices.build(cache_folder, clips, recipe.voices.python)
     source = BatchSource(
         prepared.data,
         prepared.training,
@@ -81,6 +100,8 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int |
         sampling=recipe.sampling,
         augment=recipe.augment,
         steps=recipe.schedule.steps,
+        hints=hints,
+        voices=voices,
     )
     torch.manual_seed(recipe.seed)
     student = Edge(1 + len(prepared.labels), recipe.shape)
@@ -88,18 +109,18 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int |
         begin_with(student, recipe.init)
     # Channels last is what the CPU's bfloat16 kernels want; it changes speed, not results' meaning.
     student = student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
-    angular = AamSoftmax(recipe.shape.speaker_dim, max(1, source.speaker_classes), recipe.loss.speaker_scale)
-    optimizer = _optimizer(recipe, [student, angular])
+    heads = TrainingHeads(recipe, max(1, source.speaker_classes))
+    optimizer = _optimizer(recipe, [student, heads])
     average = {name: value.detach().clone() for name, value in student.state_dict().items()}
     _write_run_file(recipe, folder, prepared, source, student)
-    done = _restore(folder, recipe, student, angular, optimizer, average)
+    done = _restore(folder, recipe, student, heads, optimizer, average)
     last = min(recipe.schedule.steps, stop_after or recipe.schedule.steps)
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done)
     with _progress() as progress:
         bar = progress.add_task(recipe.name, total=recipe.schedule.steps, completed=done, loss="")
         stream = batches(source, done, last, workers=recipe.schedule.workers)
         for step, batch in enumerate(stream, start=done):
-            terms = _step(recipe, step, batch, student, angular, optimizer)
+            terms = _step(recipe, step, batch, student, heads, optimizer)
             _update_average(average, student, recipe.schedule.average_decay, step)
             progress.update(bar, advance=1, loss=f"loss {terms['total']:.3f}")
             if step % 20 == 0:
@@ -107,7 +128,7 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int |
                     writer.add_scalar(f"loss/{name}", value, step)
             finished = step + 1
             if finished % recipe.schedule.checkpoint_every == 0 or finished == last:
-                _save(folder, recipe, finished, student, angular, optimizer, average)
+                _save(folder, recipe, finished, student, heads, optimizer, average)
                 checkpoints = finished // recipe.schedule.checkpoint_every
                 if prepared.monitor and checkpoints % MONITOR_EVERY_CHECKPOINTS == 0:
                     seen = watch(_averaged(recipe, prepared, average), prepared)
@@ -153,7 +174,7 @@ def load_student(folder: Path) -> tuple[Edge, dict[str, Any]]:
 
 
 def _step(
-    recipe: Recipe, step: int, batch: Batch, student: Edge, angular: AamSoftmax, optimizer: torch.optim.Optimizer
+    recipe: Recipe, step: int, batch: Batch, student: Edge, heads: TrainingHeads, optimizer: torch.optim.Optimizer
 ) -> dict[str, float]:
     """One update of all parameters with all tasks' losses added; returns the terms."""
     torch.manual_seed(recipe.seed * 1_000_003 + step)
@@ -169,17 +190,22 @@ def _step(
     frame = frame_loss(out.keyword_logits, out.mask, batch.keyword, batch.word_s, batch.possible, FRAME_HOP_S)
     known = (batch.speaker != NO_SPEAKER) & ~spectral.warped
     margin = weights.speaker_margin * min(1.0, step / max(1, weights.margin_warmup_steps))
-    speaker = angular(out.speaker_embedding[known], batch.speaker[known], margin) if known.any() else clip * 0
+    speaker = heads.angular(out.speaker_embedding[known], batch.speaker[known], margin) if known.any() else clip * 0
     total = weights.clip * clip + weights.frame * frame + weights.speaker * speaker
+    terms = {"clip": clip, "frame": frame, "speaker": speaker}
+    if heads.hint is not None and recipe.hints is not None and batch.hint is not None and batch.hinted is not None:
+        spoken = out.frames[..., : recipe.shape.task_width]
+        terms["hint"] = heads.hint.loss(spoken, batch.hint, batch.hinted)
+        total = total + recipe.hints.weight * terms["hint"]
+    if heads.voice is not None and recipe.voices is not None and batch.voice is not None:
+        terms["voice"] = heads.voice.loss(out.speaker_embedding, batch.voice, ~spectral.warped)
+        total = total + recipe.voices.weight * terms["voice"]
     optimizer.zero_grad(set_to_none=True)
     torch.autograd.backward(total)
-    parameters = (*student.parameters(), *angular.parameters())
+    parameters = (*student.parameters(), *heads.parameters())
     nn.utils.clip_grad_norm_(parameters, recipe.schedule.gradient_clip)
     optimizer.step()
-    return {
-        name: float(value.detach())
-        for name, value in (("total", total), ("clip", clip), ("frame", frame), ("speaker", speaker))
-    }
+    return {name: float(value.detach()) for name, value in {"total": total, **terms}.items()}
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
@@ -225,7 +251,7 @@ def _save(
     recipe: Recipe,
     step: int,
     student: Edge,
-    angular: AamSoftmax,
+    heads: TrainingHeads,
     optimizer: torch.optim.Optimizer,
     average: dict[str, torch.Tensor],
 ) -> None:
@@ -234,7 +260,7 @@ def _save(
         "recipe": recipe.digest(),
         "step": step,
         "student": student.state_dict(),
-        "angular": angular.state_dict(),
+        "heads": heads.state_dict(),
         "optimizer": optimizer.state_dict(),
         "average": average,
     }
@@ -246,7 +272,7 @@ def _restore(
     folder: Path,
     recipe: Recipe,
     student: Edge,
-    angular: AamSoftmax,
+    heads: TrainingHeads,
     optimizer: torch.optim.Optimizer,
     average: dict[str, torch.Tensor],
 ) -> int:
@@ -257,7 +283,7 @@ def _restore(
     if state["recipe"] != recipe.digest():
         raise RunError(f"{folder} holds a run of another recipe; give --run another folder")
     student.load_state_dict(state["student"])
-    angular.load_state_dict(state["angular"])
+    heads.load_state_dict(state["heads"])
     optimizer.load_state_dict(state["optimizer"])
     for name, value in state["average"].items():
         average[name].copy_(value)

@@ -130,6 +130,7 @@ def test_recipe_survives_the_run_file() -> None:
 
 KINDS: dict[str, type[BaseModel]] = {
     "edge": Recipe,
+    "edge-taught": Recipe,
     "teacher": PretrainRecipe,
     "distil": DistilRecipe,
     "finetune": FinetuneRecipe,
