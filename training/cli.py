@@ -6,8 +6,8 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -51,13 +51,11 @@ def train(
     from training.run import train as run_training
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    try:
+    with _told():
         loaded = load_recipe(recipe)
         if data is not None:
             loaded = loaded.model_copy(update={"data": loaded.data.model_copy(update={"root": data})})
         folder = run_training(loaded, run or Path("runs") / loaded.name, cache, stop_after=stop_after)
-    except TrainingError as error:
-        raise _failed(error) from error
     console.print(f"run folder: {folder}")
 
 
@@ -74,12 +72,10 @@ def pretrain(
     from training.pretrain import pretrain as run_pretraining
     from training.recipe import read_recipe
 
-    try:
+    with _told():
         loaded = read_recipe(recipe, PretrainRecipe)
         loaded = loaded.model_copy(update={"data": data or loaded.data})
         folder = run_pretraining(loaded, run or Path("runs") / loaded.name, cache, stop_after=stop_after)
-    except TrainingError as error:
-        raise _failed(error) from error
     console.print(f"teacher: {folder}")
 
 
@@ -97,14 +93,12 @@ def distil(
     from training.distil import distil as run_distillation
     from training.recipe import read_recipe
 
-    try:
+    with _told():
         loaded = read_recipe(recipe, DistilRecipe)
         loaded = loaded.model_copy(update={"data": data or loaded.data})
         folder = run_distillation(
             loaded, run or Path("runs") / loaded.name, cache, teacher=teacher, stop_after=stop_after
         )
-    except TrainingError as error:
-        raise _failed(error) from error
     console.print(f"run folder: {folder}")
 
 
@@ -122,12 +116,10 @@ def finetune(
     from training.finetune import finetune as run_finetuning
     from training.recipe import read_recipe
 
-    try:
+    with _told():
         loaded = read_recipe(recipe, FinetuneRecipe)
         loaded = loaded.model_copy(update={"data": data or loaded.data})
         folder = run_finetuning(loaded, run or Path("runs") / loaded.name, cache, init=init, stop_after=stop_after)
-    except TrainingError as error:
-        raise _failed(error) from error
     console.print(f"run folder: {folder}")
 
 
@@ -141,10 +133,8 @@ def export(
     """Turn a finished RUN into a draft bundle, after checking the graph against the network."""
     from training.export import export as export_run
 
-    try:
+    with _told():
         manifest = export_run(run, out or run / "bundle", name=name, data_root=data)
-    except TrainingError as error:
-        raise _failed(error) from error
     console.print(f"{out or run / 'bundle'}: {manifest.graph.parameters} parameters")
 
 
@@ -153,10 +143,8 @@ def calibrate(draft: Path, data: DataRoot = None) -> None:
     """Fit thresholds and score calibration of DRAFT on the set-aside training speakers, never on dev."""
     from training.calibrate import calibrate as fit
 
-    try:
+    with _told():
         fit(draft, data_root=data, say=console.print)
-    except (TrainingError, StoreError) as error:
-        raise _failed(error) from error
 
 
 @app.command()
@@ -172,7 +160,7 @@ def study(
     from training.evaluation.page import write_page
     from training.study import load_study, run_study
 
-    try:
+    with _told():
         loaded = load_study(recipe)
         outcome = run_study(
             loaded,
@@ -185,8 +173,6 @@ def study(
         )
         out = page or RESULTS / f"{loaded.name}.md"
         write_page(outcome, out)
-    except TrainingError as error:
-        raise _failed(error) from error
     console.print(f"page: {out}")
 
 
@@ -199,10 +185,8 @@ def report(
     from training.evaluation.page import write_page
     from training.study import Outcome
 
-    try:
+    with _told():
         outcome = Outcome.read(run)
-    except TrainingError as error:
-        raise _failed(error) from error
     out = page or RESULTS / f"{run.name}.md"
     write_page(outcome, out)
     console.print(f"page: {out}")
@@ -232,7 +216,7 @@ def evaluate(
     from training.evaluation.report import evaluate as measure
     from training.manifest import read_data
 
-    try:
+    with _told():
         found = _find(bundle, data)
         context = served(found.path) if url is None else nullcontext(ServiceClient(url, api_key))
         with context as client:
@@ -253,8 +237,6 @@ def evaluate(
             source = origin(found.manifest.lineage.recipe)
             text = about.read_text(encoding="utf-8") if about else ""
             record_figures(found.path, report, source.read(data), data_name=f"{split} split of {data.name}", about=text)
-    except (TrainingError, StoreError) as error:
-        raise _failed(error) from error
     console.print(report.table())
     if json_out is not None:
         json_out.write_text(json.dumps(asdict(report), indent=1, ensure_ascii=False))
@@ -306,11 +288,18 @@ def corpus_musan(
     _tables(out, lambda: musan(root, out, kinds=kind or MUSAN_KINDS))
 
 
-def _tables(out: Path, write: Callable[[], int]) -> None:
+@contextmanager
+def _told() -> Iterator[None]:
+    """What went wrong in one line, and exit code 1."""
     try:
-        written = write()
-    except TrainingError as error:
+        yield
+    except (TrainingError, StoreError) as error:
         raise _failed(error) from error
+
+
+def _tables(out: Path, write: Callable[[], int]) -> None:
+    with _told():
+        written = write()
     console.print(f"{written} recordings in {out}")
 
 
