@@ -24,6 +24,13 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def _still_one_thread() -> Iterator[None]:
+    """Commands take all cores; what is compared bit by bit afterwards must not notice."""
+    yield
+    torch.set_num_threads(1)
+
+
 @dataclass(frozen=True, slots=True)
 class TinyRun:
     """A finished run and the loss of each of its steps."""
