@@ -254,7 +254,7 @@ def corpus_speech_commands(
 
     if version not in {"1", "2"} or classes not in {12, 35}:
         raise _failed(ManifestError("the version is 1 or 2, the classes are 12 or 35"))
-    _tables(out, lambda: speech_commands(root, out, version=version, classes=classes))  # type: ignore[arg-type]
+    _tables(out, lambda: speech_commands(root, out, version=version, classes=classes))  # type: ignore[arg-type]  # checked above
 
 
 @corpus.command("voxceleb")

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -31,6 +30,7 @@ from training.manifest import CALIBRATION_FOLD, Clip, Data, digest_data, labels_
 from training.monitor import watch
 from training.objectives.speaker import AamSoftmax
 from training.objectives.spotting import clip_loss, frame_loss
+from training.progress import training_progress
 from training.recipe import Recipe
 from training.spectral import SpectralAugment
 from training.students.edge import FRAME_HOP, Edge
@@ -116,7 +116,7 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int |
     done = _restore(folder, recipe, student, heads, optimizer, average)
     last = min(recipe.schedule.steps, stop_after or recipe.schedule.steps)
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done)
-    with _progress() as progress:
+    with training_progress() as progress:
         bar = progress.add_task(recipe.name, total=recipe.schedule.steps, completed=done, loss="")
         stream = batches(source, done, last, workers=recipe.schedule.workers)
         for step, batch in enumerate(stream, start=done):
@@ -353,14 +353,3 @@ def chosen(recipe: Recipe, clips: list[Clip]) -> list[Clip]:
         if position % max(1, counts[clip.corpus] // most) == 0:
             result.append(clip)
     return result
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[loss]}"),
-        refresh_per_second=1,
-    )

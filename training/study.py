@@ -8,7 +8,6 @@ the others go on.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -118,8 +117,9 @@ def load_study(path: Path) -> StudyRecipe:
     """Raises RecipeError, also where one of the recipes that it names is wrong."""
     study = read_recipe(path, StudyRecipe)
     read_recipe(study.teacher, PretrainRecipe)
-    for recipe in study.distil.values():
-        read_recipe(recipe, DistilRecipe)
+    for name, recipe in study.distil.items():
+        if read_recipe(recipe, DistilRecipe).shape != "distilhubert":
+            raise RecipeError(f"{path}: {name} distils an edge student, which `sotto train` goes on with (`init`)")
     for name, row in study.rows.items():
         if row.bundle is None:
             tuning(study, name)
@@ -212,10 +212,7 @@ def _row(
         recipe = _at(tuning(study, name), data_root)
         tasks = recipe.tasks
         say(f"fine-tuning {name}")
-        started = time.monotonic()
         run = finetune(recipe, own / "run", cache, init=str(inits[row.init]))
-        # Only a run that was not interrupted knows its own time; what resumed says less.
-        _note_time(own, time.monotonic() - started)
         bundle = bundle_of(run, root, say=say)
         extra.append(Figure("parameters, training heads included", read_run(run)["parameters"] / 1e6, "M"))
     extra.append(Figure("parameters", bundle.manifest.graph.parameters / 1e6, "M"))
@@ -253,12 +250,6 @@ def _measured(
         )
     path.write_text(json.dumps({"graph": key, **asdict(report)}, indent=1, ensure_ascii=False), encoding="utf-8")
     return report
-
-
-def _note_time(own: Path, seconds: float) -> None:
-    path = own / "seconds.json"
-    before = json.loads(path.read_text()) if path.is_file() else 0.0
-    path.write_text(json.dumps(before + seconds))
 
 
 def _at(recipe: Any, root: Path | None) -> Any:

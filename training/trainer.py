@@ -21,12 +21,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from pydantic import BaseModel, ConfigDict, Field
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.tensorboard import SummaryWriter
 
 from training.errors import RunError
+from training.progress import training_progress
 
 BatchT = TypeVar("BatchT")
 BatchT_co = TypeVar("BatchT_co", covariant=True)
@@ -123,7 +123,7 @@ def fit(job: Job[BatchT], *, stop_after: int | None = None) -> nn.Module:
         for part in range(schedule.accumulate)
     ]
     numbered = zip(own, _load(job.source, own, schedule.workers), strict=True)
-    with _progress(disable=not accelerator.is_main_process) as progress:
+    with training_progress(disable=not accelerator.is_main_process) as progress:
         bar = progress.add_task(job.folder.name, total=schedule.steps, completed=state.step, loss="")
         while state.step < last and not state.stopped:
             terms = _step(accelerator, job, stage, optimizer, state.step, numbered)
@@ -318,15 +318,3 @@ def _replace(path: Path, state: object) -> None:
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
     partial.replace(path)
-
-
-def _progress(*, disable: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[loss]}"),
-        refresh_per_second=1,
-        disable=disable,
-    )

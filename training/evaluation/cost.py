@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-from onnx import ModelProto, NodeProto, TensorProto
+from onnx import NodeProto
 
 from model_store.graph import OUTPUTS
 from model_store.inference import open_session
@@ -91,10 +91,3 @@ def _products(node: NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 def _transposed(node: NodeProto) -> bool:
     return any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
-
-
-def stored_parameters(graph: bytes) -> int:
-    """Floating-point numbers stored in the graph, constants of the front end included."""
-    model: ModelProto = onnx.load_from_string(graph)
-    kinds = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.INT8, TensorProto.UINT8}
-    return sum(int(np.prod(item.dims)) for item in model.graph.initializer if item.data_type in kinds)
