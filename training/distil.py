@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from training.audio_cache import AudioCache
 from training.cuts import CutBatches, Waves, cuts_of
 from training.errors import TeacherError
 from training.feature_cache import CachedTeacher
-from training.manifest import CALIBRATION_FOLD, Clip, digest_data, read_data
+from training.manifest import Clip, digest_data
 from training.objectives.distillation import distillation_loss
 from training.pretrain import save_teacher
+from training.recipe import CorpusRecipe
 from training.students.distil import PredictionHeads, student_of
 from training.students.edge import FRAME_HOP, Edge, EdgeShape
 from training.teachers import HiddenStates, SelfSupervised, Teacher, at_centres, load_teacher
@@ -33,16 +34,9 @@ WATCHED_BATCHES = 8
 Judge = Callable[[Waves], HiddenStates]
 
 
-class DistilRecipe(BaseModel):
+class DistilRecipe(CorpusRecipe):
     """The whole file. The papers' target layers are 4, 8 and 12 of 12."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
-    data: Path
-    corpora: tuple[str, ...] | None = None
-    fold: float = Field(default=0.05, ge=0, lt=1)
-    seed: int = 0
     teacher: str = ""
     shape: Literal["distilhubert", "edge"] = "distilhubert"
     layers: int = Field(default=2, gt=0)
@@ -113,10 +107,7 @@ def distil(
     if not source:
         raise TeacherError("no teacher: give --teacher, a hub name or a folder, or name one in the recipe")
     loaded = load_teacher(source)
-    data = read_data(recipe.data, calibration_fraction=recipe.fold, seed=recipe.seed)
-    clips = [clip for clip in data.clips if recipe.corpora is None or clip.corpus in recipe.corpora]
-    train = [clip for clip in clips if clip.split == "train"]
-    fold = [clip for clip in clips if clip.split == CALIBRATION_FOLD]
+    data, train, fold = recipe.read()
     cache = AudioCache.build(cache_folder, [clip.path for clip in (*train, *fold)])
     torch.manual_seed(recipe.seed)
     judge = None

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import PartialState
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -26,10 +26,11 @@ from training.augment import AugmentRecipe
 from training.batches import NO_SPEAKER, Batch, BatchSource, SamplingRecipe
 from training.errors import RunError, TeacherError
 from training.evaluation.statistics import equal_error_rate
-from training.manifest import CALIBRATION_FOLD, Clip, Data, digest_data, labels_of, read_data
+from training.manifest import Clip, Data, digest_data, labels_of
 from training.objectives.speaker import AamSoftmax
 from training.objectives.spotting import clip_loss, event_log_odds, frame_loss
 from training.pretrain import save_teacher
+from training.recipe import CorpusRecipe
 from training.students.distil import student_of
 from training.students.edge import EdgeOutputs
 from training.students.joint import JointModel
@@ -43,16 +44,10 @@ WATCHED_CLIPS = 600
 CHUNK = 32
 
 
-class FinetuneRecipe(BaseModel):
+class FinetuneRecipe(CorpusRecipe):
     """The whole file."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
-    data: Path
-    corpora: tuple[str, ...] | None = None
     fold: float = Field(default=0.1, ge=0, lt=1)
-    seed: int = 0
     init: str = ""
     layers: int = Field(default=0, ge=0)  # 0 keeps them all
     mode: Literal["full", "frozen"] = "full"
@@ -120,11 +115,9 @@ def finetune(
     origin = init or recipe.init
     if not origin:
         raise TeacherError("nothing to fine-tune: give --init, a hub name or a folder in the transformers format")
-    data = read_data(recipe.data, calibration_fraction=recipe.fold, seed=recipe.seed)
-    clips = [clip for clip in data.clips if recipe.corpora is None or clip.corpus in recipe.corpora]
-    train = [clip for clip in clips if clip.split == "train"]
+    data, train, fold = recipe.read()
     labels = labels_of(train)
-    fold = [clip for clip in clips if clip.split == CALIBRATION_FOLD and clip.duration_s <= LONGEST_WATCHED_S]
+    fold = [clip for clip in fold if clip.duration_s <= LONGEST_WATCHED_S]
     fold = fold[:: max(1, len(fold) // WATCHED_CLIPS)]
     recordings = [item.path for item in (*data.noises, *data.rooms) if item.split == "train"]
     cache = AudioCache.build(cache_folder, [clip.path for clip in (*train, *fold)] + recordings)

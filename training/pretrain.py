@@ -25,8 +25,9 @@ from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 from training.audio_cache import SAMPLE_RATE_HZ, AudioCache
 from training.cuts import CutBatches, cuts_of
 from training.errors import RunError
-from training.manifest import CALIBRATION_FOLD, Clip, digest_data, read_data
+from training.manifest import Clip, digest_data
 from training.objectives.masked import Hearing, MaskedPrediction
+from training.recipe import CorpusRecipe
 from training.teachers import SelfSupervised, Teacher, load_teacher
 from training.trainer import Job, Schedule, Watched, fit, is_finished, to_device
 from training.units import HOP, WINDOW, Units
@@ -80,16 +81,9 @@ class UnitsRecipe(BaseModel):
     schedule: Schedule
 
 
-class PretrainRecipe(BaseModel):
+class PretrainRecipe(CorpusRecipe):
     """The whole file."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
-    data: Path
-    corpora: tuple[str, ...] | None = None
-    fold: float = Field(default=0.05, ge=0, lt=1)
-    seed: int = 0
     shape: TeacherShape = TeacherShape()
     batch_s: float = Field(default=60.0, gt=1)
     longest_s: float = Field(default=8.0, gt=0.5)
@@ -106,10 +100,7 @@ def pretrain(recipe: PretrainRecipe, folder: Path, cache_folder: Path, *, stop_a
 
     A pass that is finished is not run again. `stop_after` ends the running pass at that step. Raises TrainingError.
     """
-    data = read_data(recipe.data, calibration_fraction=recipe.fold, seed=recipe.seed)
-    clips = [clip for clip in data.clips if recipe.corpora is None or clip.corpus in recipe.corpora]
-    train = [clip for clip in clips if clip.split == "train"]
-    fold = [clip for clip in clips if clip.split == CALIBRATION_FOLD]
+    data, train, fold = recipe.read()
     cache = AudioCache.build(cache_folder, [clip.path for clip in (*train, *fold)])
     source = _batches(recipe, train, cache)
     watched = _batches(recipe, fold, cache) if fold else None

@@ -12,11 +12,31 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from training.augment import AugmentRecipe
 from training.batches import SamplingRecipe
 from training.errors import RecipeError
+from training.manifest import CALIBRATION_FOLD, Clip, Data, read_data
 from training.spectral import SpectralRecipe
 from training.students.edge import EdgeShape
 from training.synthesis import SynthesisRecipe
 
 RecipeT = TypeVar("RecipeT", bound=BaseModel)
+
+
+class CorpusRecipe(BaseModel):
+    """What the recipes of `sotto pretrain`, `distil` and `finetune` have in common."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
+    data: Path
+    corpora: tuple[str, ...] | None = None
+    fold: float = Field(default=0.05, ge=0, lt=1)
+    seed: int = 0
+
+    def read(self) -> tuple[Data, list[Clip], list[Clip]]:
+        """The tables, and the chosen corpora's clips of train and of the fold. Raises ManifestError."""
+        data = read_data(self.data, calibration_fraction=self.fold, seed=self.seed)
+        clips = [clip for clip in data.clips if self.corpora is None or clip.corpus in self.corpora]
+        train = [clip for clip in clips if clip.split == "train"]
+        return data, train, [clip for clip in clips if clip.split == CALIBRATION_FOLD]
 
 
 class _Strict(BaseModel):

@@ -168,3 +168,9 @@ def test_a_wrong_study_is_refused_before_anything_is_trained(
 ) -> None:
     with pytest.raises(RecipeError, match=message):
         load_study(changed(study_file, tmp_path, **changes))
+
+
+def test_a_study_that_distils_an_edge_student_is_refused(study_file: Path, made_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "edge.yaml").write_text(yaml.safe_dump(distil_recipe(made_data, shape="edge").model_dump(mode="json")))
+    with pytest.raises(RecipeError, match="distils an edge student"):
+        load_study(changed(study_file, tmp_path, distil={"distilled": str(tmp_path / "edge.yaml")}))
