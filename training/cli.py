@@ -198,7 +198,9 @@ def evaluate(
     url: Annotated[str | None, typer.Option(help="Measure the service that runs here.")] = None,
     data: Annotated[Path, typer.Option(help="Folder with manifest.csv.")] = Path("../shared/data"),
     split: Annotated[str, typer.Option(help="Split to report on.")] = "dev",
-    row: Annotated[list[str] | None, typer.Option(help="asc, commands, wake, spot, sv, cost; default all.")] = None,
+    row: Annotated[
+        list[str] | None, typer.Option(help="asc, commands, wake, spot, sv, cost; default all. Or keywords, trials.")
+    ] = None,
     api_key: Annotated[str | None, typer.Option(envvar="SOTTO_EVALUATE_KEY")] = None,
     peers: Annotated[Path, typer.Option(help="Python with the peers (make peers).")] = Path(".venv-peers/bin/python"),
     json_out: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
@@ -212,7 +214,7 @@ def evaluate(
     BUNDLE may also be a finished run, which is exported and calibrated first, or a bundle's ONNX file.
     """
     from training.evaluation.client import ServiceClient, served
-    from training.evaluation.report import ROWS
+    from training.evaluation.report import default_rows
     from training.evaluation.report import evaluate as measure
     from training.manifest import read_data
 
@@ -220,11 +222,12 @@ def evaluate(
         found = _find(bundle, data)
         context = served(found.path) if url is None else nullcontext(ServiceClient(url, api_key))
         with context as client:
+            tables = read_data(data)
             report = measure(
                 client,
-                read_data(data),
+                tables,
                 split=split,
-                rows=row or ROWS,
+                rows=row or default_rows(tables),
                 bundle=found,
                 peers_python=peers,
                 command="sotto " + " ".join(sys.argv[1:]),

@@ -20,12 +20,11 @@ from lhotse.recipes.speechcommands import prepare_speechcommands
 from lhotse.recipes.voxceleb import _prepare_voxceleb_v1, _prepare_voxceleb_v2
 
 from training.errors import ManifestError
-from training.manifest import COLUMNS, RECORDING_COLUMNS
+from training.manifest import COLUMNS, RECORDING_COLUMNS, TRIAL_COLUMNS, TRIALS
 
 # The ten words of the twelve-class protocol (Warden 2018); the other two classes are unknown and silence.
 TEN_WORDS = frozenset(("down", "go", "left", "no", "off", "on", "right", "stop", "up", "yes"))
 UNKNOWN = "unknown"
-TRIAL_COLUMNS = ("target", "enrolment", "test")
 MUSAN_KINDS = ("noise", "music", "speech")
 # Every eighth recording, by name, is for measuring with.
 DEV_EVERY = 8
@@ -175,7 +174,7 @@ def _write_trials(out: Path, trials: Path, audio: Path) -> None:
             if not (audio / name).is_file():
                 raise ManifestError(f"{trials}:{number}: {name} is not below {audio}")
         lines.append((fields[0], *(_relative(audio / name, out) for name in fields[1:])))
-    _write_table(out / "trials.csv", TRIAL_COLUMNS, lines)
+    _write_table(out / TRIALS, TRIAL_COLUMNS, lines)
 
 
 def _prepared(prepare: Callable[[], Any], root: Path) -> Any:

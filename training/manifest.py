@@ -13,7 +13,9 @@
     licence     under what terms
 
 `noise.csv` and `rir.csv` (optional) hold path, corpus, split, kind, duration_s, licence;
-`alignments.csv` inside a corpus folder (optional) holds path, keyword, start_s, end_s.
+`alignments.csv` inside a corpus folder (optional) holds path, keyword, start_s, end_s;
+`trials.csv` (optional) holds target (1 the same speaker, 0 another), enrolment, test: pairs of recordings,
+as a corpus' official list of verification trials.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ COLUMNS = (
     "path", "corpus", "split", "speaker", "keyword", "transcript", "language", "duration_s", "licence",
 )  # fmt: skip
 RECORDING_COLUMNS = ("path", "corpus", "split", "kind", "duration_s", "licence")
+TRIALS, TRIAL_COLUMNS = "trials.csv", ("target", "enrolment", "test")
 SPLITS = ("train", "dev")
 CALIBRATION_FOLD = "calibration"
 
@@ -68,6 +71,15 @@ class Recording:
     split: str
     kind: str
     duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """Whether two recordings are of one speaker."""
+
+    target: bool
+    enrolment: Path
+    test: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +121,21 @@ def read_data(root: Path, *, calibration_fraction: float = 0.0, seed: int = 0) -
         noises=tuple(_read_recordings(root, "noise.csv")),
         rooms=tuple(_read_recordings(root, "rir.csv")),
     )
+
+
+def read_trials(root: Path) -> list[Trial]:
+    """The pairs of `trials.csv`. Raises ManifestError."""
+    table = root / TRIALS
+    trials = []
+    for number, row in enumerate(_read_table(table, TRIAL_COLUMNS), start=2):
+        where = f"{table}:{number}"
+        if row["target"] not in {"0", "1"}:
+            raise ManifestError(f"{where}: target is {row['target']!r}, wanted 0 or 1")
+        enrolment, test = (_existing(root, row[name], where) for name in ("enrolment", "test"))
+        trials.append(Trial(row["target"] == "1", enrolment, test))
+    if len({trial.target for trial in trials}) < 2:
+        raise ManifestError(f"{table} needs pairs of one speaker and pairs of two")
+    return trials
 
 
 def assign_fold(clips: Sequence[Clip], *, fraction: float, seed: int) -> list[Clip]:

@@ -34,8 +34,13 @@ class FakeClient:
         self.profiles: dict[str, list[str]] = {}
         # (score, cosine) of an enrolled id and a clip's key; None where no speech is heard.
         self.score: Callable[[str, str], tuple[float, float] | None] = lambda _id, _key: (0.0, 0.0)
+        # By the bytes of the clip; None where no speech is heard.
+        self.embedding: Callable[[bytes], list[float] | None] = lambda _data: [1.0, 0.0]
         self.status = "enrolled"
         self.refused: set[str] = set()
+
+    def model(self) -> dict[str, Any]:
+        return {"name": "made", "version": 1}
 
     def keywords(self) -> list[str]:
         return self.labels
@@ -52,6 +57,9 @@ class FakeClient:
     def verify(self, speaker_id: str, upload: Upload) -> dict[str, Any] | None:
         found = self.score(speaker_id, upload.data.decode())
         return None if found is None else {"score": found[0], "cosine": found[1]}
+
+    def speaker_embedding(self, upload: Upload) -> list[float] | None:
+        return self.embedding(upload.data)
 
     def delete(self, speaker_id: str) -> None:
         self.profiles.pop(speaker_id, None)

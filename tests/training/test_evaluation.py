@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 
 from tests.training.fakes import FakeClient, make_clip
+from training.errors import ManifestError
+from training.evaluation.recordings import beginning
+from training.evaluation.report import default_rows, evaluate
 from training.evaluation.tasks import (
     Trials,
     clip_accuracy,
+    listed_trials,
     plan_trials,
     run_trials,
     spot_misses,
     verification,
     wake_misses,
 )
-from training.manifest import Clip, Data
+from training.manifest import COLUMNS, Clip, Data, read_data, read_trials
 
 
 def top(label: str) -> dict[str, Any]:
@@ -254,3 +261,78 @@ def test_verification_accepts_from_a_ratio_of_zero(tmp_path: Path) -> None:
     found = verification(plans, [np.zeros((4, 4))])
     assert (found.false_rejects.value, found.false_accepts.value) == (0.0, 1.0)
     assert found.cllr == pytest.approx(1.0)
+
+
+ANGLES = {"ann-1": 0, "ann-2": 20, "bob-1": 90, "bob-2": 200}
+
+
+@pytest.fixture
+def listed(tmp_path: Path) -> Path:
+    """Recordings of two people, and every pair of different recordings in `trials.csv`."""
+    lines = [",".join(COLUMNS)]
+    for name in ANGLES:
+        # The length tells the client which one it was sent.
+        soundfile.write(tmp_path / f"{name}.wav", np.zeros(16_000 + ANGLES[name]), 16_000)
+        lines.append(f"{name}.wav,made,dev,{name[:3]},,,en,1.0,CC0")
+    (tmp_path / "manifest.csv").write_text("\n".join(lines) + "\n")
+    pairs = [f"{int(a[:3] == b[:3])},{a}.wav,{b}.wav" for a, b in itertools.combinations(ANGLES, 2)]
+    (tmp_path / "trials.csv").write_text("\n".join(["target,enrolment,test", *pairs]) + "\n")
+    return tmp_path
+
+
+def by_angle(data: bytes) -> list[float]:
+    degrees = len(soundfile.read(io.BytesIO(data))[0]) - 16_000
+    return [3 * float(np.cos(np.radians(degrees))), 3 * float(np.sin(np.radians(degrees)))]
+
+
+def test_listed_pairs_are_scored_by_cosine(listed: Path) -> None:
+    client: Any = FakeClient()
+    client.embedding = by_angle
+    found = listed_trials(client, read_trials(listed))
+    assert sorted(found.targets) == pytest.approx([np.cos(np.radians(110)), np.cos(np.radians(20))])
+    assert len(found.impostors) == 4
+    assert max(found.impostors) == pytest.approx(np.cos(np.radians(70)))
+    assert (found.recordings, found.unheard) == (4, 0)
+
+
+def test_a_pair_without_speech_is_turned_away(listed: Path) -> None:
+    client: Any = FakeClient()
+    client.embedding = lambda data: None if by_angle(data)[1] == 0 else by_angle(data)
+    found = listed_trials(client, read_trials(listed))
+    assert sorted(found.targets)[0] == -1.0
+    assert sorted(found.impostors)[:2] == [-1.0, -1.0]
+    assert found.unheard == 1
+
+
+def test_only_the_beginning_of_a_very_long_recording_is_sent(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "long.wav", np.zeros(5 * 16_000), 16_000)
+    assert len(soundfile.read(io.BytesIO(beginning(tmp_path / "long.wav", 2.0).data))[0]) == 2 * 16_000
+    assert beginning(tmp_path / "long.wav", 5.0).data == (tmp_path / "long.wav").read_bytes()
+
+
+def test_listed_pairs_are_measured_where_the_data_has_them(listed: Path) -> None:
+    data = read_data(listed)
+    assert "trials" in default_rows(data)
+    client: Any = FakeClient()
+    client.embedding = by_angle
+    report = evaluate(
+        client, data, split="dev", rows=["trials"], bundle=None, peers_python=Path("none"), command="", say=print
+    )
+    # Below one target and above one impostor of four: rates of 1/2 and 1/4 either way of the crossing.
+    assert 25 <= report.value("trials EER") <= 50
+    (listed / "trials.csv").unlink()
+    assert "trials" not in default_rows(data)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["2,ann-1.wav,ann-2.wav"], r"trials\.csv:2: target is '2'"),
+        (["1,ann-1.wav,cat.wav"], r"trials\.csv:2: cat\.wav does not exist"),
+        (["1,ann-1.wav,ann-2.wav"], "pairs of one speaker and pairs of two"),
+    ],
+)
+def test_a_wrong_list_of_pairs_is_refused(listed: Path, lines: list[str], message: str) -> None:
+    (listed / "trials.csv").write_text("\n".join(["target,enrolment,test", *lines]) + "\n")
+    with pytest.raises(ManifestError, match=message):
+        read_trials(listed)

@@ -69,10 +69,12 @@ class ServiceClient:
 
     def verify(self, speaker_id: str, upload: Upload) -> dict[str, Any] | None:
         """The answer of verify, or None where the service finds no speech in the clip."""
-        response = self._post(f"/v1/speakers/{speaker_id}/verify", upload, {})
-        if response.status_code == httpx.codes.UNPROCESSABLE_ENTITY and response.json()["code"] == "no_speech":
-            return None
-        return self._json(response)
+        return self._heard(self._post(f"/v1/speakers/{speaker_id}/verify", upload, {}))
+
+    def speaker_embedding(self, upload: Upload) -> list[float] | None:
+        """The clip's, or None where the service finds no speech in it."""
+        answer = self._heard(self._post("/v1/embeddings", upload, {"type": "speaker"}))
+        return None if answer is None else answer["data"][0]["embedding"]
 
     def delete(self, speaker_id: str) -> None:
         """Remove the speaker; fine where there is none."""
@@ -93,6 +95,11 @@ class ServiceClient:
                 return response
             time.sleep(float(response.headers.get("Retry-After", 1)) * (attempt + 1))
         return response
+
+    def _heard(self, response: httpx.Response) -> dict[str, Any] | None:
+        if response.status_code == httpx.codes.UNPROCESSABLE_ENTITY and response.json()["code"] == "no_speech":
+            return None
+        return self._json(response)
 
     def _json(self, response: httpx.Response) -> dict[str, Any]:
         self._checked(response)

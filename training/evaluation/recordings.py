@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import soundfile
@@ -19,7 +20,14 @@ _TYPES = {".opus": "audio/ogg", ".ogg": "audio/ogg", ".wav": "audio/wav", ".flac
 
 def as_recorded(clip: Clip | Recording) -> Upload:
     """The file's own bytes."""
-    return Upload(clip.path.read_bytes(), _TYPES.get(clip.path.suffix.lower(), "audio/wav"))
+    return Upload(clip.path.read_bytes(), _type(clip.path))
+
+
+def beginning(path: Path, longest_s: float) -> Upload:
+    """The file's own bytes, or where it is longer its first `longest_s` seconds."""
+    if soundfile.info(path).duration <= longest_s:
+        return Upload(path.read_bytes(), _type(path))
+    return as_wav(decode(path)[: int(longest_s * SAMPLE_RATE_HZ)])
 
 
 def with_noise(clip: Clip, noises: Sequence[Recording], snr_db: float) -> Upload:
@@ -40,3 +48,7 @@ def as_wav(waveform: Waveform) -> Upload:
     stream = io.BytesIO()
     soundfile.write(stream, scaled, SAMPLE_RATE_HZ, format="WAV", subtype="PCM_16")
     return Upload(stream.getvalue(), "audio/wav")
+
+
+def _type(path: Path) -> str:
+    return _TYPES.get(path.suffix.lower(), "audio/wav")

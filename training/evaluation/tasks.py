@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from training.evaluation.client import ServiceClient, Upload
-from training.evaluation.recordings import as_recorded, with_noise
+from training.evaluation.recordings import as_recorded, beginning, with_noise
 from training.evaluation.statistics import (
     Rate,
     cllr,
@@ -20,7 +20,7 @@ from training.evaluation.statistics import (
     minimum_dcf,
     threshold_for_false_alarms,
 )
-from training.manifest import Clip, Data, Recording
+from training.manifest import Clip, Data, Recording, Trial
 
 WAKE_CORPUS = "pvwake"
 SPOT_CORPUS = "wuw2"
@@ -32,6 +32,8 @@ LEAST_SPEAKERS = 4
 SPOT_TOLERANCE_S = 0.5
 # Scores below this never matter at one false alarm an hour.
 CANDIDATE_THRESHOLD = 0.05
+# Some VoxCeleb recordings last longer than the service takes at once; whoever speaks so long is known by then.
+LONGEST_TRIAL_S = 60.0
 # (log-likelihood ratio, cosine) of a claim that is refused without scoring.
 TURNED_AWAY = (-50.0, -1.0)
 
@@ -88,6 +90,16 @@ class Trials:
         """(target, impostor) scores of a matrix shaped like `llr`."""
         own = np.array([[speaker == name for name in self.speakers] for speaker, _ in self.tests])
         return scores[own], scores[~own]
+
+
+@dataclass(frozen=True, slots=True)
+class PairScores:
+    """Cosines of listed pairs."""
+
+    targets: npt.NDArray[np.float64]
+    impostors: npt.NDArray[np.float64]
+    recordings: int
+    unheard: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +277,28 @@ def verification(plans: Sequence[Trials], matrices: Sequence[npt.NDArray[np.floa
         false_accepts=_rate(list(impostors >= 0)),
         det=det_points(targets, impostors),
     )
+
+
+def listed_trials(client: ServiceClient, trials: Sequence[Trial]) -> PairScores:
+    """Cosines between embeddings of whole recordings, as VoxCeleb's lists are scored.
+
+    A pair in which the service hears no speech scores as low as can be.
+    """
+    paths = sorted({path for trial in trials for path in (trial.enrolment, trial.test)})
+    found = client.each(lambda path: client.speaker_embedding(beginning(path, LONGEST_TRIAL_S)), paths)
+    unit = {
+        path: np.array(vector) / np.linalg.norm(vector)
+        for path, vector in zip(paths, found, strict=True)
+        if vector is not None
+    }
+    cosines = np.array(
+        [
+            float(unit[trial.enrolment] @ unit[trial.test]) if {trial.enrolment, trial.test} <= unit.keys() else -1.0
+            for trial in trials
+        ]
+    )
+    own = np.array([trial.target for trial in trials])
+    return PairScores(cosines[own], cosines[~own], len(paths), len(paths) - len(unit))
 
 
 def _holds(clip: Clip, word: str) -> bool:
