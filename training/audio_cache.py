@@ -37,6 +37,8 @@ class AudioCache:
 
         Raises ManifestError for a file that does not decode.
         """
+        if not paths:
+            return cls(np.zeros(0, dtype=np.int16), {})
         digest = hashlib.sha256()
         for path in paths:
             stat = path.stat()

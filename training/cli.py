@@ -273,6 +273,29 @@ def corpus_voxceleb(
     _tables(out, lambda: voxceleb(out, first=first, second=second, trials=trials))
 
 
+@corpus.command("shar")
+def corpus_shar(
+    root: Path,
+    out: CorpusOut,
+    split: Annotated[str, typer.Option(help="Of manifest.csv.")] = "train",
+    shard_size: Annotated[int, typer.Option(min=1, help="Recordings to a shard.")] = 1000,
+) -> None:
+    """The recordings of ROOT/manifest.csv as lhotse shards, for `shar` in a recipe of `pretrain` or `distil`.
+
+    In no particular order, as FLAC at 16 kHz. Shards can be spread over several folders and disks.
+    """
+    import random
+
+    from training.cuts import write_shar
+    from training.manifest import read_data
+
+    with _told():
+        clips = read_data(root).split(split)
+        random.Random(0).shuffle(clips)
+        count = write_shar(clips, out, shard_size=shard_size)
+    console.print(f"{count} recordings in {out}")
+
+
 @corpus.command("librispeech")
 def corpus_librispeech(root: Path, out: CorpusOut) -> None:
     """The parts of LibriSpeech below ROOT."""

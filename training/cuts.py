@@ -1,27 +1,44 @@
 """Audio without labels as lhotse cuts, bucketed by length: what pre-training and large distillations read.
 
 Batch n is a pure function of (seed, n): epochs are laid out one after another, each by lhotse's sampler
-with its own seed, so a run goes on after an interruption by naming the next number.
+with its own seed, so a run goes on after an interruption by naming the next number. Where the recordings
+are in lhotse's Shar format (`sotto corpus shar`), an epoch is a sequence of shards instead, each read once
+from beginning to end.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+import io
+import json
+import tarfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import soundfile
 import torch
 from lhotse import CutSet, MonoCut, Recording
 from lhotse.audio import AudioSource
+from lhotse.audio.mixer import AudioMixer
 from lhotse.dataset.sampling import BucketingSampler
+from lhotse.shar.readers.tar import iterate_tarfile_pairwise
 from lhotse.supervision import SupervisionSegment
+from pydantic import BaseModel, ConfigDict, Field
 
-from training.audio_cache import SAMPLE_RATE_HZ, AudioCache
+from training.audio_cache import SAMPLE_RATE_HZ, AudioCache, Waveform, decode
 from training.errors import ManifestError
-from training.manifest import Clip
+from training.manifest import Clip, digest_data
+from training.manifest import Recording as Noise
+from training.recipe import CorpusRecipe
 
 SHORTEST_S = 0.1
+BUCKETS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,21 +49,97 @@ class Waves:
     lengths: torch.Tensor  # [B] int64, samples
     names: tuple[str, ...] = ()  # of the recordings
     starts: tuple[int, ...] = ()  # first sample of each crop in its recording
+    clean: torch.Tensor | None = None  # [B, N] as recorded, where `waveform` has noise in it
+
+    @property
+    def as_recorded(self) -> Waves:
+        """What a teacher hears, and what units are taken from."""
+        return self if self.clean is None else replace(self, waveform=self.clean, clean=None)
+
+
+class MixingRecipe(BaseModel):
+    """Noise of the data's train split under what the model hears; its targets come from the recording itself,
+    as in WavLM (Chen et al. 2022)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    p: float = Field(gt=0, le=1)
+    snr_db: tuple[float, float] = (0.0, 20.0)
+
+
+class AudioRecipe(CorpusRecipe):
+    """What `sotto pretrain` and `sotto distil` say about the audio they hear."""
+
+    batch_s: float = Field(default=60.0, gt=1)
+    longest_s: float = Field(default=8.0, gt=0.5)
+    mixing: MixingRecipe | None = None
+    # Folders that `sotto corpus shar` wrote: heard instead of the train split of `data`, which then gives
+    # only the fold and the noise.
+    shar: tuple[Path, ...] = ()
+
+    def sources(self, cache_folder: Path) -> tuple[Batches, Batches | None, dict[str, Any]]:
+        """Batches of the train split and of the fold (None where there is none), and what says exactly which
+        audio that is. Raises ManifestError."""
+        data, train, fold = self.read()
+        noises = [noise for noise in data.noises if noise.split == "train"] if self.mixing else []
+        heard = fold if self.shar else [*train, *fold]
+        cache = AudioCache.build(cache_folder, [*(clip.path for clip in heard), *(noise.path for noise in noises)])
+        mixer = None if self.mixing is None else NoiseMixer(self.mixing, noises, cache, self.seed)
+        sizes: dict[str, Any] = {"batch_s": self.batch_s, "longest_s": self.longest_s, "seed": self.seed}
+        source: Batches
+        if self.shar:
+            source = SharBatches(self.shar, **sizes, mixer=mixer)
+        else:
+            source = CutBatches(cuts_of(train, cache), cache, **sizes, mixer=mixer)
+        watched = CutBatches(cuts_of(fold, cache), cache, **sizes) if fold else None
+        return source, watched, {**digest_data(data), **digest_shar(self.shar)}
 
 
 def cuts_of(clips: Sequence[Clip], cache: AudioCache) -> CutSet:
     """One cut a clip, with who says what where that is known; lengths are those of the decoded audio."""
-    return CutSet.from_cuts(_cut(clip, cache.length(clip.path)) for clip in clips)
+    return CutSet.from_cuts(
+        _cut(clip, AudioSource("file", [0], str(clip.path)), cache.length(clip.path)) for clip in clips
+    )
 
 
-def _cut(clip: Clip, samples: int) -> MonoCut:
+def write_shar(clips: Iterable[Clip], out: Path, *, shard_size: int = 1000) -> int:
+    """The clips as FLAC at 16 kHz in lhotse's Shar format, so many to a shard; returns how many.
+
+    Raises ManifestError, also where `out` holds shards already.
+    """
+    if any(out.glob("cuts.*.jsonl.gz")):
+        raise ManifestError(f"{out} holds shards already; give another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    count = 0
+
+    def cuts() -> Iterator[MonoCut]:
+        nonlocal count
+        for clip in clips:
+            samples = decode(clip.path)
+            stream = io.BytesIO()
+            soundfile.write(stream, samples, SAMPLE_RATE_HZ, format="FLAC", subtype="PCM_16")
+            count += 1
+            yield _cut(clip, AudioSource("memory", [0], stream.getvalue()), len(samples))
+
+    CutSet(cuts()).to_shar(out, fields={"recording": "flac"}, shard_size=shard_size)
+    return count
+
+
+def digest_shar(folders: Sequence[Path]) -> dict[str, str]:
+    """SHA-256 of each folder's lists of cuts and of its archives' sizes, by the folder's name."""
+    digests = {}
+    for folder in folders:
+        digest = hashlib.sha256()
+        for cuts, recordings in _shards(folder):
+            digest.update(cuts.read_bytes() + f":{recordings.stat().st_size}".encode())
+        digests[f"shar/{folder.name}"] = digest.hexdigest()
+    return digests
+
+
+def _cut(clip: Clip, source: AudioSource, samples: int) -> MonoCut:
     duration = samples / SAMPLE_RATE_HZ
     recording = Recording(
-        id=clip.key,
-        sources=[AudioSource("file", [0], str(clip.path))],
-        sampling_rate=SAMPLE_RATE_HZ,
-        num_samples=samples,
-        duration=duration,
+        id=clip.key, sources=[source], sampling_rate=SAMPLE_RATE_HZ, num_samples=samples, duration=duration
     )
     said = SupervisionSegment(
         id=clip.key,
@@ -61,8 +154,103 @@ def _cut(clip: Clip, samples: int) -> MonoCut:
     return MonoCut(id=clip.key, start=0.0, duration=duration, channel=0, recording=recording, supervisions=[said])
 
 
-class CutBatches:
-    """Batches of about `batch_s` seconds of audio of similar length; longer recordings come in windows."""
+class NoiseMixer:
+    """Draws noises by (seed, batch, row), so a batch is the same however often it is asked for."""
+
+    def __init__(self, recipe: MixingRecipe, noises: Sequence[Noise], cache: AudioCache, seed: int) -> None:
+        if not noises:
+            raise ManifestError("there is no noise of the train split to mix with; it belongs into noise.csv")
+        self._recipe, self._noises, self._cache, self._seed = recipe, list(noises), cache, seed
+
+    def __call__(self, samples: Waveform, number: int, row: int) -> Waveform:
+        rng = np.random.default_rng((self._seed, number, row))
+        if rng.random() >= self._recipe.p or not samples.any():
+            return samples
+        path = self._noises[int(rng.integers(len(self._noises)))].path
+        start = int(rng.integers(max(1, self._cache.length(path) - len(samples))))
+        noise = np.resize(self._cache.read(path, start, start + len(samples)), len(samples))
+        mixer = AudioMixer(samples[None, :], SAMPLE_RATE_HZ)
+        mixer.add_to_mix(noise[None, :], snr=float(rng.uniform(*self._recipe.snr_db)))
+        return np.asarray(mixer.mixed_audio[0], dtype=np.float32)
+
+
+class Batches(ABC):
+    """Batches of about `batch_s` seconds of audio of similar length; longer recordings come in windows.
+
+    Parts follow one another without end; a part is an epoch, or a shard of one.
+    """
+
+    def __init__(self, *, batch_s: float, longest_s: float, seed: int, mixer: NoiseMixer | None = None) -> None:
+        self._batch_s, self._longest_s, self._seed, self._mixer = batch_s, longest_s, seed, mixer
+        self._ends: list[int] = []
+        self._kept: tuple[int, CutSet, list[list[str]]] | None = None
+
+    @abstractmethod
+    def _cuts_of_part(self, part: int, /) -> CutSet:
+        """Whole recordings."""
+
+    @abstractmethod
+    def _samples(self, part: int, cut: MonoCut, /) -> Waveform:
+        """Of one of the part's cuts."""
+
+    @property
+    @abstractmethod
+    def parts_an_epoch(self) -> int:
+        """How many parts hold everything once."""
+
+    def __getitem__(self, number: int) -> Waves:
+        while not self._ends or number >= self._ends[-1]:
+            if len(self._ends) >= self.parts_an_epoch and self._ends[-1] == 0:
+                raise ManifestError(f"no recording is {SHORTEST_S} s long or longer")
+            laid_out = self._lay_out(len(self._ends))[1]
+            self._ends.append((self._ends[-1] if self._ends else 0) + len(laid_out))
+        part = bisect.bisect_right(self._ends, number)
+        first = self._ends[part - 1] if part else 0
+        cuts, laid_out = self._lay_out(part)
+        return self._read(part, [cuts[name] for name in laid_out[number - first]], number)
+
+    def epoch(self) -> Iterator[Waves]:
+        """The first one."""
+        number = 0
+        while len(self._ends) < self.parts_an_epoch or number < self._ends[self.parts_an_epoch - 1]:
+            yield self[number]
+            number += 1
+
+    def _lay_out(self, part: int) -> tuple[CutSet, list[list[str]]]:
+        """A part's windows, and the names of those in each batch."""
+        if self._kept is None or self._kept[0] != part:
+            windows = CutSet.from_cuts(
+                cut for cut in self._cuts_of_part(part).cut_into_windows(self._longest_s) if cut.duration >= SHORTEST_S
+            )
+            # Which process takes which batch is the trainer's to say.
+            sampler = BucketingSampler(
+                windows,
+                max_duration=self._batch_s,
+                num_buckets=max(1, min(BUCKETS, len(windows))),
+                shuffle=True,
+                seed=self._seed + part,
+                world_size=1,
+                rank=0,
+            )
+            self._kept = (part, windows, [[cut.id for cut in batch] for batch in sampler])
+        return self._kept[1], self._kept[2]
+
+    def _read(self, part: int, cuts: Sequence[MonoCut], number: int) -> Waves:
+        found = [torch.from_numpy(self._samples(part, cut)) for cut in cuts]
+        waveform = torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
+        lengths = torch.tensor([len(samples) for samples in found])
+        names = tuple(cut.recording.id for cut in cuts)
+        starts = tuple(_span(cut)[0] for cut in cuts)
+        if self._mixer is None:
+            return Waves(waveform, lengths, names, starts)
+        mixed = [torch.from_numpy(self._mixer(samples.numpy(), number, row)) for row, samples in enumerate(found)]
+        return Waves(torch.nn.utils.rnn.pad_sequence(mixed, batch_first=True), lengths, names, starts, waveform)
+
+
+class CutBatches(Batches):
+    """Of recordings in the audio cache; a part is an epoch."""
+
+    parts_an_epoch = 1
 
     def __init__(
         self,
@@ -72,51 +260,85 @@ class CutBatches:
         batch_s: float,
         longest_s: float,
         seed: int,
-        buckets: int = 8,
+        mixer: NoiseMixer | None = None,
     ) -> None:
-        windows = CutSet.from_cuts(cut for cut in cuts.cut_into_windows(longest_s) if cut.duration >= SHORTEST_S)
-        if len(windows) == 0:
-            raise ManifestError(f"no recording is {SHORTEST_S} s long or longer")
-        self.seconds = sum(cut.duration for cut in windows)
-        self._cuts = windows
-        self._cache = cache
-        self._batch_s = batch_s
-        self._buckets = min(buckets, len(windows))
-        self._seed = seed
-        self._ends: list[int] = []
-        self._kept: tuple[int, list[list[str]]] | None = None
+        super().__init__(batch_s=batch_s, longest_s=longest_s, seed=seed, mixer=mixer)
+        self._cuts, self._cache = cuts, cache
 
-    def __getitem__(self, number: int) -> Waves:
-        while not self._ends or number >= self._ends[-1]:
-            batches = self._lay_out(len(self._ends))
-            self._ends.append((self._ends[-1] if self._ends else 0) + len(batches))
-        epoch = bisect.bisect_right(self._ends, number)
-        first = self._ends[epoch - 1] if epoch else 0
-        return self._read([self._cuts[name] for name in self._lay_out(epoch)[number - first]])
+    def _cuts_of_part(self, _part: int, /) -> CutSet:
+        return self._cuts
 
-    def _lay_out(self, epoch: int) -> list[list[str]]:
-        """The names of the cuts of each batch of an epoch."""
-        if self._kept is None or self._kept[0] != epoch:
-            # Which process takes which batch is the trainer's to say.
-            sampler = BucketingSampler(
-                self._cuts,
-                max_duration=self._batch_s,
-                num_buckets=self._buckets,
-                shuffle=True,
-                seed=self._seed + epoch,
-                world_size=1,
-                rank=0,
-            )
-            self._kept = (epoch, [[cut.id for cut in batch] for batch in sampler])
-        return self._kept[1]
+    def _samples(self, _part: int, cut: MonoCut, /) -> Waveform:
+        return self._cache.read(Path(cut.recording.sources[0].source), *_span(cut))
 
-    def _read(self, cuts: Sequence[MonoCut]) -> Waves:
-        starts = [round(cut.start * SAMPLE_RATE_HZ) for cut in cuts]
-        counts = [round(cut.duration * SAMPLE_RATE_HZ) for cut in cuts]
-        batch = torch.zeros(len(cuts), max(counts))
-        lengths = []
-        for row, (cut, start, count) in enumerate(zip(cuts, starts, counts, strict=True)):
-            samples = self._cache.read(Path(cut.recording.sources[0].source), start, start + count)
-            batch[row, : len(samples)] = torch.from_numpy(samples)
-            lengths.append(len(samples))
-        return Waves(batch, torch.tensor(lengths), tuple(cut.recording.id for cut in cuts), tuple(starts))
+
+class SharBatches(Batches):
+    """Of shards, which may lie on several disks; a part is a shard, and their order is new in every epoch.
+
+    One shard's audio is in memory at a time. A batch's recordings come from one shard, so shards should hold
+    hundreds of recordings that were in no particular order.
+    """
+
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        *,
+        batch_s: float,
+        longest_s: float,
+        seed: int,
+        mixer: NoiseMixer | None = None,
+    ) -> None:
+        super().__init__(batch_s=batch_s, longest_s=longest_s, seed=seed, mixer=mixer)
+        self._shards = [shard for folder in folders for shard in _shards(folder)]
+        self._open: tuple[int, dict[str, npt.NDArray[np.int16]]] | None = None
+
+    @property
+    def parts_an_epoch(self) -> int:
+        return len(self._shards)
+
+    def _shard(self, part: int) -> int:
+        epoch, place = divmod(part, len(self._shards))
+        return int(np.random.default_rng((self._seed, epoch)).permutation(len(self._shards))[place])
+
+    def _cuts_of_part(self, part: int, /) -> CutSet:
+        return CutSet.from_file(self._shards[self._shard(part)][0]).to_eager()
+
+    def _samples(self, part: int, cut: MonoCut, /) -> Waveform:
+        shard = self._shard(part)
+        if self._open is None or self._open[0] != shard:
+            self._open = shard, _open_archive(self._shards[shard][1])
+        start, stop = _span(cut)
+        return self._open[1][cut.recording.id][start:stop].astype(np.float32) / np.float32(32768)
+
+
+def _shards(folder: Path) -> list[tuple[Path, Path]]:
+    """(list of cuts, archive of recordings) of each shard. Raises ManifestError."""
+    found = []
+    for cuts in sorted(folder.glob("cuts.*.jsonl.gz")):
+        recordings = folder / cuts.name.replace("cuts.", "recording.", 1).replace(".jsonl.gz", ".tar")
+        if not recordings.is_file():
+            raise ManifestError(f"{recordings} is not there, though {cuts.name} is")
+        found.append((cuts, recordings))
+    if not found:
+        raise ManifestError(f"{folder} holds no shards (cuts.000000.jsonl.gz and recording.000000.tar)")
+    return found
+
+
+def _span(cut: MonoCut) -> tuple[int, int]:
+    """First sample in the recording, and the one after the last."""
+    start = round(cut.start * SAMPLE_RATE_HZ)
+    return start, start + round(cut.duration * SAMPLE_RATE_HZ)
+
+
+def _open_archive(path: Path) -> dict[str, npt.NDArray[np.int16]]:
+    """All recordings of a shard by name. Raises ManifestError."""
+    found = {}
+    try:
+        # Not through CutSet.from_shar, which leaves the archive open.
+        with tarfile.open(path) as archive:
+            for (data, _), (meta, _) in iterate_tarfile_pairwise(archive):
+                samples, _ = soundfile.read(io.BytesIO(data), dtype="int16")
+                found[json.loads(meta)["id"]] = samples
+    except (OSError, RuntimeError, ValueError, KeyError, tarfile.TarError) as error:
+        raise ManifestError(f"{path} is damaged: {error}") from error
+    return found

@@ -15,14 +15,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from training.audio_cache import AudioCache
-from training.cuts import CutBatches, Waves, cuts_of
+from training.cuts import AudioRecipe, Batches, Waves
 from training.errors import TeacherError
 from training.feature_cache import CachedTeacher
-from training.manifest import Clip, digest_data
 from training.objectives.distillation import distillation_loss
 from training.pretrain import save_teacher
-from training.recipe import CorpusRecipe
 from training.students.distil import PredictionHeads, student_of
 from training.students.edge import FRAME_HOP, Edge, EdgeShape
 from training.teachers import HiddenStates, SelfSupervised, Teacher, at_centres, load_teacher
@@ -34,7 +31,7 @@ WATCHED_BATCHES = 8
 Judge = Callable[[Waves], HiddenStates]
 
 
-class DistilRecipe(CorpusRecipe):
+class DistilRecipe(AudioRecipe):
     """The whole file. The papers' target layers are 4, 8 and 12 of 12."""
 
     teacher: str = ""
@@ -44,8 +41,6 @@ class DistilRecipe(CorpusRecipe):
     targets: tuple[int, ...] = (4, 8, 12)
     # Of the schedule's rate, for the CNN that was copied from the teacher (s3prl: 0.1).
     cnn_rate: float = Field(default=0.1, ge=0, le=1)
-    batch_s: float = Field(default=60.0, gt=1)
-    longest_s: float = Field(default=8.0, gt=0.5)
     # Up to so much of the teacher's target layers is kept on disk, in the cache folder; 0 keeps nothing.
     feature_cache_gb: float = Field(default=0.0, ge=0)
     schedule: Schedule
@@ -65,7 +60,7 @@ class Distillation(nn.Module):
         self._judge = judge or _at_once(teacher)
 
     def forward(self, batch: Waves, _step: int) -> dict[str, Tensor]:
-        wanted = self._judge(batch)
+        wanted = self._judge(batch.as_recorded)
         found = self.student(batch.waveform, batch.lengths)
         loss = distillation_loss(self.heads(found.hidden[-1]), wanted.hidden, self.heads.targets, found.mask)
         return {"total": loss}
@@ -84,7 +79,7 @@ class EdgeDistillation(nn.Module):
 
     def forward(self, batch: Waves, _step: int) -> dict[str, Tensor]:
         teacher = self._timing[0]
-        wanted = self._judge(batch)
+        wanted = self._judge(batch.as_recorded)
         found = self.student(batch.waveform, batch.lengths)
         centres = torch.arange(found.frames.shape[1]) * float(FRAME_HOP)
         at = [
@@ -107,25 +102,19 @@ def distil(
     if not source:
         raise TeacherError("no teacher: give --teacher, a hub name or a folder, or name one in the recipe")
     loaded = load_teacher(source)
-    data, train, fold = recipe.read()
-    cache = AudioCache.build(cache_folder, [clip.path for clip in (*train, *fold)])
+    batches, watched, digests = recipe.sources(cache_folder)
     torch.manual_seed(recipe.seed)
     judge = None
     if recipe.feature_cache_gb:
         judge = CachedTeacher(loaded, recipe.targets, cache_folder / "features", int(recipe.feature_cache_gb * 1e9))
     stage = build(recipe, loaded, judge)
-    watched = _batches(recipe, fold, cache) if fold else None
     job = Job(
         stage=stage,
-        source=_batches(recipe, train, cache),
+        source=batches,
         schedule=recipe.schedule,
         seed=recipe.seed,
         folder=folder,
-        identity={
-            "recipe": recipe.model_dump(mode="json", exclude={"data"}),
-            "data": digest_data(data),
-            "teacher": source,
-        },
+        identity={"recipe": recipe.identity(), "data": digests, "teacher": source},
         watch=None if watched is None else lambda stage: _look(stage, watched),
         rates=(("student.model.feature_extractor.", recipe.cnn_rate),) if recipe.shape == "distilhubert" else (),
     )
@@ -155,14 +144,8 @@ def _check_targets(targets: Sequence[int], teacher: Teacher) -> None:
         raise TeacherError(f"targets are {list(targets)}; the teacher has layers 0 to {teacher.layers}")
 
 
-def _batches(recipe: DistilRecipe, clips: Sequence[Clip], cache: AudioCache) -> CutBatches:
-    return CutBatches(
-        cuts_of(clips, cache), cache, batch_s=recipe.batch_s, longest_s=recipe.longest_s, seed=recipe.seed
-    )
-
-
 @torch.no_grad()
-def _look(stage: nn.Module, batches: CutBatches) -> Watched:
+def _look(stage: nn.Module, batches: Batches) -> Watched:
     stage.eval()
     device = next(stage.parameters()).device
     losses = []

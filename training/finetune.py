@@ -129,7 +129,7 @@ def finetune(
     speakers = max(source.speaker_classes for source in sources)
     stage = JointFinetuning(model, speakers, recipe)
     identity = {
-        "recipe": recipe.model_dump(mode="json", exclude={"data"}),
+        "recipe": recipe.identity(),
         "data": digest_data(data),
         "init": origin,
         "labels": labels,

@@ -9,7 +9,6 @@ The result is a folder in the transformers format, which `load_teacher` opens li
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -22,18 +21,16 @@ from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor, nn
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
-from training.audio_cache import SAMPLE_RATE_HZ, AudioCache
-from training.cuts import CutBatches, cuts_of
+from training.audio_cache import SAMPLE_RATE_HZ
+from training.cuts import AudioRecipe, Batches
 from training.errors import RunError
-from training.manifest import Clip, digest_data
 from training.objectives.masked import Hearing, MaskedPrediction
-from training.recipe import CorpusRecipe
 from training.teachers import SelfSupervised, Teacher, load_teacher
 from training.trainer import Job, Schedule, Watched, fit, is_finished, to_device
 from training.units import HOP, WINDOW, Units
 
 CNN = ("model.feature_extractor.", "model.feature_projection.")
-CLIPS_FOR_CLUSTERS = 4000
+SECONDS_FOR_CLUSTERS = 6000
 WATCHED_BATCHES = 8
 
 
@@ -81,12 +78,10 @@ class UnitsRecipe(BaseModel):
     schedule: Schedule
 
 
-class PretrainRecipe(CorpusRecipe):
+class PretrainRecipe(AudioRecipe):
     """The whole file."""
 
     shape: TeacherShape = TeacherShape()
-    batch_s: float = Field(default=60.0, gt=1)
-    longest_s: float = Field(default=8.0, gt=0.5)
     span: int = Field(default=10, gt=0)
     hidden_share: float = Field(default=0.8, gt=0, lt=1)  # of frames, if spans never overlapped
     hidden_weight: float = Field(default=1.0, gt=0, le=1)
@@ -100,11 +95,8 @@ def pretrain(recipe: PretrainRecipe, folder: Path, cache_folder: Path, *, stop_a
 
     A pass that is finished is not run again. `stop_after` ends the running pass at that step. Raises TrainingError.
     """
-    data, train, fold = recipe.read()
-    cache = AudioCache.build(cache_folder, [clip.path for clip in (*train, *fold)])
-    source = _batches(recipe, train, cache)
-    watched = _batches(recipe, fold, cache) if fold else None
-    identity = {"recipe": recipe.model_dump(mode="json", exclude={"data"}), "data": digest_data(data)}
+    source, watched, digests = recipe.sources(cache_folder)
+    identity = {"recipe": recipe.identity(), "data": digests}
 
     def run(stage: nn.Module, schedule: Schedule, seed: int, own: Path) -> bool:
         """Whether the stage is finished."""
@@ -130,7 +122,7 @@ def pretrain(recipe: PretrainRecipe, folder: Path, cache_folder: Path, *, stop_a
     teacher: Teacher | None = None
     for number, units_recipe in enumerate(recipe.passes, start=1):
         own = folder / f"pass-{number}"
-        units = Units(_centres(units_recipe, recipe, train, cache, teacher, own), teacher, units_recipe.layer)
+        units = Units(_centres(units_recipe, recipe, source, teacher, own), teacher, units_recipe.layer)
         torch.manual_seed(recipe.seed + number)
         trunk = SelfSupervised(HubertModel(recipe.shape.config()), normalise=False)
         trunk.load_state_dict(start, strict=False)
@@ -158,17 +150,10 @@ def save_teacher(trunk: SelfSupervised, folder: Path) -> None:
     extractor(do_normalize=trunk.normalise, sampling_rate=SAMPLE_RATE_HZ).save_pretrained(folder)
 
 
-def _batches(recipe: PretrainRecipe, clips: Sequence[Clip], cache: AudioCache) -> CutBatches:
-    return CutBatches(
-        cuts_of(clips, cache), cache, batch_s=recipe.batch_s, longest_s=recipe.longest_s, seed=recipe.seed
-    )
-
-
 def _centres(
     units: UnitsRecipe,
     recipe: PretrainRecipe,
-    clips: Sequence[Clip],
-    cache: AudioCache,
+    source: Batches,
     teacher: Teacher | None,
     folder: Path,
 ) -> npt.NDArray[np.float32]:
@@ -179,18 +164,15 @@ def _centres(
             return np.asarray(kept["centres"], dtype=np.float32)
     if units.layer and teacher is None:
         raise RunError("the first pass has no model before it whose layer could be clustered; set its layer to 0")
-    chosen = list(clips)[:: max(1, len(clips) // CLIPS_FOR_CLUSTERS)]
-    batches = _batches(recipe, chosen, cache)
     extractor = Units(np.zeros((1, 1), dtype=np.float32), teacher, units.layer)
     rows, seconds = [], 0.0
-    number = 0
-    while seconds < batches.seconds * 0.95:
-        batch = batches[number]
-        features = extractor.features(batch)
+    for batch in source.epoch():
+        features = extractor.features(batch.as_recorded)
         for row, length in enumerate(batch.lengths.tolist()):
             rows.append(features[row, : max(1, (length - WINDOW) // HOP + 1)].numpy())
         seconds += float(batch.lengths.sum()) / SAMPLE_RATE_HZ
-        number += 1
+        if seconds >= SECONDS_FOR_CLUSTERS:
+            break
     frames = np.concatenate(rows)
     means = MiniBatchKMeans(
         units.clusters, batch_size=10_000, n_init=3, max_iter=100, random_state=recipe.seed, reassignment_ratio=0.0
@@ -207,7 +189,7 @@ def _centres(
 
 
 @torch.no_grad()
-def _look(stage: nn.Module, batches: CutBatches) -> Watched:
+def _look(stage: nn.Module, batches: Batches) -> Watched:
     """The losses on the fold's first batches, always with the same hidden spans."""
     stage.eval()
     sums: dict[str, float] = {}

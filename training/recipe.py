@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -30,6 +30,10 @@ class CorpusRecipe(BaseModel):
     corpora: tuple[str, ...] | None = None
     fold: float = Field(default=0.05, ge=0, lt=1)
     seed: int = 0
+
+    def identity(self) -> dict[str, Any]:
+        """What was decided; where the data lies does not count, as its digests are written down beside it."""
+        return self.model_dump(mode="json", exclude={"data", "shar"})
 
     def read(self) -> tuple[Data, list[Clip], list[Clip]]:
         """The tables, and the chosen corpora's clips of train and of the fold. Raises ManifestError."""

@@ -45,13 +45,11 @@ class Hearing(nn.Module):
 
     def forward(self, batch: Waves, _step: int) -> dict[str, Tensor]:
         """The loss over all frames of the batch."""
-        waveform = batch.waveform
-        if waveform.shape[1] < WINDOW:
-            waveform = functional.pad(waveform, (0, WINDOW - waveform.shape[1]))
+        heard, recorded = (_a_window(waves.waveform) for waves in (batch, batch.as_recorded))
         with torch.no_grad():
-            level, variance = centred(self._bands.to(waveform.device)(waveform), batch.lengths)
+            level, variance = centred(self._bands.to(recorded.device)(recorded), batch.lengths)
             wanted = level / (variance + 1e-3).sqrt()
-        found, mask = self.trunk.heard(waveform, batch.lengths)
+        found, mask = self.trunk.heard(heard, batch.lengths)
         loss = functional.mse_loss(self.spectrum(found[mask]).float(), wanted[mask])
         return {"total": loss}
 
@@ -79,7 +77,7 @@ class MaskedPrediction(nn.Module):
 
     def forward(self, batch: Waves, _step: int) -> dict[str, Tensor]:
         """Loss and share of hidden frames that are named right."""
-        target = self._units(batch)
+        target = self._units(batch.as_recorded)
         counts = [min(self.trunk.frames(int(length)), target.shape[1]) for length in batch.lengths]
         hidden = hide_spans(counts, target.shape[1], span=self._span, share=self._share).to(target.device)
         out = self.trunk(batch.waveform, batch.lengths, hidden).hidden[-1]
@@ -112,3 +110,8 @@ def hide_spans(counts: Sequence[int], frames: int, *, span: int, share: float) -
         for start in torch.randperm(count - length + 1)[:starts].tolist():
             hidden[row, start : start + length] = True
     return hidden
+
+
+def _a_window(waveform: Tensor) -> Tensor:
+    """At least one frame long."""
+    return functional.pad(waveform, (0, max(0, WINDOW - waveform.shape[1])))
