@@ -41,6 +41,9 @@ class Batch:
     hint: torch.Tensor | None = None  # [B, T, D] float32, a teacher's vectors at the student's frames
     hinted: torch.Tensor | None = None  # [B, T] bool, False where the teacher said nothing
     voice: torch.Tensor | None = None  # [B, 256] float32, a speaker teacher's vectors; zeros for none
+    clean: torch.Tensor | None = None  # [B, N] float32, the crops before they were corrupted
+    unlabelled: torch.Tensor | None = None  # [B, M] float32, other audio for a teacher and its student
+    unlabelled_lengths: torch.Tensor | None = None  # [B] int64
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,7 @@ class _Crop:
     """A stretch of a clip on its way into a batch."""
 
     samples: Waveform
+    clean: Waveform  # `samples` before corruption
     length: int  # of what is valid, in samples
     word_s: tuple[float, float]
     whole: bool  # whether the clip's word is in it
@@ -73,6 +77,11 @@ class SamplingRecipe:
     crop_s: float = 1.6
     corpus_weight: dict[str, float] | None = None
     p_noise_only: float = 0.05
+    # Short clips that end where their audio ends, as when served; the others float in silence, as in long audio.
+    p_alone: float = 0.5
+    # At most this much is cut from each end of a clip that fits into a crop, never from its word: recordings of
+    # one corpus begin and end alike, and what is learnt from that holds nowhere else.
+    trim_s: float = 0.0
     # Corpora of untranscribed speech may hold everyday words unmarked ("two coffees"). They count as
     # proof of absence only for the labels of these corpora.
     certain_negatives: tuple[str, ...] = ()
@@ -95,7 +104,9 @@ class BatchSource(Dataset[Batch]):
         steps: int = 0,
         hints: Hints | None = None,
         voices: Voices | None = None,
+        keep_clean: bool = False,
     ) -> None:
+        self._keep_clean = keep_clean
         self._hints = hints
         self._voices = voices
         self._clips = list(clips)
@@ -140,6 +151,7 @@ class BatchSource(Dataset[Batch]):
             voice=torch.from_numpy(np.stack([self._voice(item[0], item[3]) for item in items]))
             if self._voices is not None
             else None,
+            clean=torch.from_numpy(np.stack([item[0].clean for item in items])) if self._keep_clean else None,
         )
 
     def _weight(self, clip: Clip) -> float:
@@ -160,7 +172,7 @@ class BatchSource(Dataset[Batch]):
         if rng.random() < self._sampling.p_noise_only:
             noise = self._augmenter.corrupt(self._augmenter.noise(size, rng), rng, progress=progress)
             everything = np.ones(len(self._class_of) + 1, dtype=np.bool_)
-            return _Crop(noise, size, (0.0, 0.0), False, 0, 0, 1.0), 0, everything, None, NO_SPEAKER
+            return _Crop(noise, noise, size, (0.0, 0.0), False, 0, 0, 1.0), 0, everything, None, NO_SPEAKER
         index = int(np.searchsorted(self._cumulative, rng.random()))
         clip = self._clips[index]
         speed_index = self._augmenter.speed(rng)
@@ -204,7 +216,9 @@ class BatchSource(Dataset[Batch]):
             keep_word = begin is None
             if begin is not None:
                 return self._read(clip, begin, reach, speed, size, rng, (0.0, 0.0), False)
-        if keep_word:
+        if self._sampling.trim_s and total <= reach:
+            begin, reach = self._trimmed(word if keep_word else (0, total), total, rng)
+        elif keep_word:
             low, high = max(0, word[1] - reach), min(word[0], total - reach)
             begin = int(rng.integers(min(low, high), max(low, high) + 1))
         else:
@@ -212,6 +226,13 @@ class BatchSource(Dataset[Batch]):
         begin = min(max(begin, 0), total - reach)
         inside = ((word[0] - begin) / speed / SAMPLE_RATE_HZ, (word[1] - begin) / speed / SAMPLE_RATE_HZ)
         return self._read(clip, begin, reach, speed, size, rng, inside, keep_word)
+
+    def _trimmed(self, keep: tuple[int, int], total: int, rng: np.random.Generator) -> tuple[int, int]:
+        """(start, length) of a clip of `total` samples after a random cut at both ends; `keep` stays whole."""
+        most = int(self._sampling.trim_s * SAMPLE_RATE_HZ)
+        first = int(rng.integers(min(most, max(0, keep[0])) + 1))
+        last = total - int(rng.integers(min(most, max(0, total - keep[1])) + 1))
+        return first, last - first
 
     def _read(
         self,
@@ -227,14 +248,12 @@ class BatchSource(Dataset[Batch]):
         samples = change_speed(self._cache.read(clip.path, begin, begin + reach), speed)[:size]
         crop = np.zeros(size, dtype=np.float32)
         room = size - len(samples)
-        # Half of the short clips end where their audio ends, as they will when served; the others
-        # float in silence, as they will in long audio.
-        alone = room > 0 and rng.random() < 0.5
+        alone = room > 0 and rng.random() < self._sampling.p_alone
         offset = 0 if alone or room <= 0 else int(rng.integers(room + 1))
         crop[offset : offset + len(samples)] = samples
         shift = offset / SAMPLE_RATE_HZ
         shifted = (word_s[0] + shift, word_s[1] + shift) if whole else (0.0, 0.0)
-        return _Crop(crop, len(samples) if alone else size, shifted, whole, begin, offset, speed)
+        return _Crop(crop, crop, len(samples) if alone else size, shifted, whole, begin, offset, speed)
 
 
 def batches(source: BatchSource, first_step: int, last_step: int, *, workers: int) -> Iterator[Batch]:

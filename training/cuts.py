@@ -32,13 +32,14 @@ from lhotse.supervision import SupervisionSegment
 from pydantic import BaseModel, ConfigDict, Field
 
 from training.audio_cache import SAMPLE_RATE_HZ, AudioCache, Waveform, decode
+from training.augment import LONGEST_ROOM_SAMPLES, reverberate
 from training.errors import ManifestError
 from training.manifest import Clip, digest_data
-from training.manifest import Recording as Noise
+from training.manifest import Recording as Disturbance
 from training.recipe import CorpusRecipe
 
 SHORTEST_S = 0.1
-BUCKETS = 8
+BUCKETS = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class Waves:
     lengths: torch.Tensor  # [B] int64, samples
     names: tuple[str, ...] = ()  # of the recordings
     starts: tuple[int, ...] = ()  # first sample of each crop in its recording
-    clean: torch.Tensor | None = None  # [B, N] as recorded, where `waveform` has noise in it
+    clean: torch.Tensor | None = None  # [B, N] as recorded, where `waveform` is corrupted
 
     @property
     def as_recorded(self) -> Waves:
@@ -57,14 +58,21 @@ class Waves:
         return self if self.clean is None else replace(self, waveform=self.clean, clean=None)
 
 
-class MixingRecipe(BaseModel):
-    """Noise of the data's train split under what the model hears; its targets come from the recording itself,
-    as in WavLM (Chen et al. 2022)."""
+class CorruptionRecipe(BaseModel):
+    """Noise and rooms of the data's train split in what the model hears; its targets come from the recording
+    itself (WavLM, Chen et al. 2022; RobustDistiller, Guimarães et al. 2023).
+
+    Drawn for each recording: noise, a room, both and neither are equally likely as it stands.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    p: float = Field(gt=0, le=1)
+    p_noise: float = Field(default=0.5, ge=0, le=1)
+    p_room: float = Field(default=0.5, ge=0, le=1)
     snr_db: tuple[float, float] = (0.0, 20.0)
+    p_white: float = Field(default=0.3, ge=0, le=1)  # of the noises
+    # Over so many batches the lowest level falls from the highest one, and rooms become as likely as stated.
+    curriculum_batches: int = Field(default=0, ge=0)
 
 
 class AudioRecipe(CorpusRecipe):
@@ -72,25 +80,30 @@ class AudioRecipe(CorpusRecipe):
 
     batch_s: float = Field(default=60.0, gt=1)
     longest_s: float = Field(default=8.0, gt=0.5)
-    mixing: MixingRecipe | None = None
+    corruption: CorruptionRecipe | None = None
     # Folders that `sotto corpus shar` wrote: heard instead of the train split of `data`, which then gives
-    # only the fold and the noise.
+    # only the fold, noises and rooms.
     shar: tuple[Path, ...] = ()
 
     def sources(self, cache_folder: Path) -> tuple[Batches, Batches | None, dict[str, Any]]:
         """Batches of the train split and of the fold (None where there is none), and what says exactly which
         audio that is. Raises ManifestError."""
         data, train, fold = self.read()
-        noises = [noise for noise in data.noises if noise.split == "train"] if self.mixing else []
+        noises, rooms = (
+            [one for one in found if one.split == "train"] if self.corruption else []
+            for found in (data.noises, data.rooms)
+        )
         heard = fold if self.shar else [*train, *fold]
-        cache = AudioCache.build(cache_folder, [*(clip.path for clip in heard), *(noise.path for noise in noises)])
-        mixer = None if self.mixing is None else NoiseMixer(self.mixing, noises, cache, self.seed)
+        cache = AudioCache.build(
+            cache_folder, [*(clip.path for clip in heard), *(one.path for one in (*noises, *rooms))]
+        )
+        corrupt = None if self.corruption is None else Corruption(self.corruption, noises, rooms, cache, self.seed)
         sizes: dict[str, Any] = {"batch_s": self.batch_s, "longest_s": self.longest_s, "seed": self.seed}
         source: Batches
         if self.shar:
-            source = SharBatches(self.shar, **sizes, mixer=mixer)
+            source = SharBatches(self.shar, **sizes, corrupt=corrupt)
         else:
-            source = CutBatches(cuts_of(train, cache), cache, **sizes, mixer=mixer)
+            source = CutBatches(cuts_of(train, cache), cache, **sizes, corrupt=corrupt)
         watched = CutBatches(cuts_of(fold, cache), cache, **sizes) if fold else None
         return source, watched, {**digest_data(data), **digest_shar(self.shar)}
 
@@ -154,24 +167,53 @@ def _cut(clip: Clip, source: AudioSource, samples: int) -> MonoCut:
     return MonoCut(id=clip.key, start=0.0, duration=duration, channel=0, recording=recording, supervisions=[said])
 
 
-class NoiseMixer:
-    """Draws noises by (seed, batch, row), so a batch is the same however often it is asked for."""
+class Corruption:
+    """Draws by (seed, batch, row), so a batch is the same however often it is asked for."""
 
-    def __init__(self, recipe: MixingRecipe, noises: Sequence[Noise], cache: AudioCache, seed: int) -> None:
-        if not noises:
+    def __init__(
+        self,
+        recipe: CorruptionRecipe,
+        noises: Sequence[Disturbance],
+        rooms: Sequence[Disturbance],
+        cache: AudioCache,
+        seed: int,
+    ) -> None:
+        if recipe.p_noise and recipe.p_white < 1 and not noises:
             raise ManifestError("there is no noise of the train split to mix with; it belongs into noise.csv")
-        self._recipe, self._noises, self._cache, self._seed = recipe, list(noises), cache, seed
+        if recipe.p_room and not rooms:
+            raise ManifestError("there is no room response of the train split; it belongs into rir.csv")
+        self._recipe, self._noises, self._rooms = recipe, list(noises), list(rooms)
+        self._cache, self._seed = cache, seed
 
     def __call__(self, samples: Waveform, number: int, row: int) -> Waveform:
+        """The room first, then noise at its level below what the room made of the speech: as it happens."""
+        recipe = self._recipe
         rng = np.random.default_rng((self._seed, number, row))
-        if rng.random() >= self._recipe.p or not samples.any():
+        with_noise, with_room = rng.random() < recipe.p_noise, rng.random() < recipe.p_room * self._progress(number)
+        lowest, highest = recipe.snr_db
+        snr_db = float(rng.uniform(highest - (highest - lowest) * self._progress(number), highest))
+        if not samples.any():
             return samples
+        if with_room:
+            room = self._rooms[int(rng.integers(len(self._rooms)))]
+            samples = reverberate(samples, self._cache.read(room.path, 0, LONGEST_ROOM_SAMPLES))
+        if with_noise:
+            mixer = AudioMixer(samples[None, :], SAMPLE_RATE_HZ)
+            mixer.add_to_mix(self._noise(len(samples), rng)[None, :], snr=snr_db)
+            samples = np.asarray(mixer.mixed_audio[0], dtype=np.float32)
+        return samples
+
+    def _progress(self, number: int) -> float:
+        return min(1.0, number / self._recipe.curriculum_batches) if self._recipe.curriculum_batches else 1.0
+
+    def _noise(self, length: int, rng: np.random.Generator) -> Waveform:
+        if rng.random() < self._recipe.p_white:
+            return rng.standard_normal(length).astype(np.float32)
         path = self._noises[int(rng.integers(len(self._noises)))].path
-        start = int(rng.integers(max(1, self._cache.length(path) - len(samples))))
-        noise = np.resize(self._cache.read(path, start, start + len(samples)), len(samples))
-        mixer = AudioMixer(samples[None, :], SAMPLE_RATE_HZ)
-        mixer.add_to_mix(noise[None, :], snr=float(rng.uniform(*self._recipe.snr_db)))
-        return np.asarray(mixer.mixed_audio[0], dtype=np.float32)
+        start = int(rng.integers(max(1, self._cache.length(path) - length)))
+        noise = np.resize(self._cache.read(path, start, start + length), length)
+        # A stretch of digital silence has no level to be set.
+        return noise if noise.any() else rng.standard_normal(length).astype(np.float32)
 
 
 class Batches(ABC):
@@ -180,8 +222,8 @@ class Batches(ABC):
     Parts follow one another without end; a part is an epoch, or a shard of one.
     """
 
-    def __init__(self, *, batch_s: float, longest_s: float, seed: int, mixer: NoiseMixer | None = None) -> None:
-        self._batch_s, self._longest_s, self._seed, self._mixer = batch_s, longest_s, seed, mixer
+    def __init__(self, *, batch_s: float, longest_s: float, seed: int, corrupt: Corruption | None = None) -> None:
+        self._batch_s, self._longest_s, self._seed, self._corrupt = batch_s, longest_s, seed, corrupt
         self._ends: list[int] = []
         self._kept: tuple[int, CutSet, list[list[str]]] | None = None
 
@@ -241,10 +283,10 @@ class Batches(ABC):
         lengths = torch.tensor([len(samples) for samples in found])
         names = tuple(cut.recording.id for cut in cuts)
         starts = tuple(_span(cut)[0] for cut in cuts)
-        if self._mixer is None:
+        if self._corrupt is None:
             return Waves(waveform, lengths, names, starts)
-        mixed = [torch.from_numpy(self._mixer(samples.numpy(), number, row)) for row, samples in enumerate(found)]
-        return Waves(torch.nn.utils.rnn.pad_sequence(mixed, batch_first=True), lengths, names, starts, waveform)
+        corrupted = [torch.from_numpy(self._corrupt(samples.numpy(), number, row)) for row, samples in enumerate(found)]
+        return Waves(torch.nn.utils.rnn.pad_sequence(corrupted, batch_first=True), lengths, names, starts, waveform)
 
 
 class CutBatches(Batches):
@@ -260,9 +302,9 @@ class CutBatches(Batches):
         batch_s: float,
         longest_s: float,
         seed: int,
-        mixer: NoiseMixer | None = None,
+        corrupt: Corruption | None = None,
     ) -> None:
-        super().__init__(batch_s=batch_s, longest_s=longest_s, seed=seed, mixer=mixer)
+        super().__init__(batch_s=batch_s, longest_s=longest_s, seed=seed, corrupt=corrupt)
         self._cuts, self._cache = cuts, cache
 
     def _cuts_of_part(self, _part: int, /) -> CutSet:
@@ -286,9 +328,9 @@ class SharBatches(Batches):
         batch_s: float,
         longest_s: float,
         seed: int,
-        mixer: NoiseMixer | None = None,
+        corrupt: Corruption | None = None,
     ) -> None:
-        super().__init__(batch_s=batch_s, longest_s=longest_s, seed=seed, mixer=mixer)
+        super().__init__(batch_s=batch_s, longest_s=longest_s, seed=seed, corrupt=corrupt)
         self._shards = [shard for folder in folders for shard in _shards(folder)]
         self._open: tuple[int, dict[str, npt.NDArray[np.int16]]] | None = None
 

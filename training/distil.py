@@ -1,43 +1,50 @@
 """A student learns to predict a frozen teacher's layers (Kerpicci et al. 2023, section 2.1; Chang et al. 2022).
 
-No label is read: every recording counts. `shape: distilhubert` cuts the student out of the teacher;
-`shape: edge` keeps its own log-mel front end and predicts the teacher's frames at its own frames' centres.
+No label is read: every recording counts. `shape: distilhubert` cuts the student out of the teacher; `thin` is
+as deep as it and narrower; `edge` keeps its own log-mel front end and hears the teacher at its own frames'
+centres. `objective: layers` predicts chosen layers, `relations` is STaR's (`objectives/star.py`).
 Prediction heads stay in the run folder; what is handed on has none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
-from training.cuts import AudioRecipe, Batches, Waves
+from training.cuts import AudioRecipe, Batches
 from training.errors import TeacherError
 from training.feature_cache import CachedTeacher
-from training.objectives.distillation import distillation_loss
+from training.objectives.distillation import Distillation, EdgeDistillation, Judge, at_once
+from training.objectives.robust import EnhancementRecipe
+from training.objectives.star import EdgeStarDistillation, StarDistillation, StarRecipe
 from training.pretrain import save_teacher
-from training.students.distil import PredictionHeads, student_of
-from training.students.edge import FRAME_HOP, Edge, EdgeShape
-from training.teachers import HiddenStates, SelfSupervised, Teacher, at_centres, load_teacher
+from training.students.distil import student_of
+from training.students.edge import Edge, EdgeShape
+from training.students.thin import ThinShape, thin_student
+from training.teachers import Teacher, load_teacher
 from training.trainer import Job, Schedule, Watched, fit, is_finished, to_device
 
 WATCHED_BATCHES = 8
 
-# What a teacher says about a batch.
-Judge = Callable[[Waves], HiddenStates]
+Stage = Distillation | EdgeDistillation | StarDistillation | EdgeStarDistillation
 
 
 class DistilRecipe(AudioRecipe):
     """The whole file. The papers' target layers are 4, 8 and 12 of 12."""
 
     teacher: str = ""
-    shape: Literal["distilhubert", "edge"] = "distilhubert"
+    shape: Literal["distilhubert", "thin", "edge"] = "distilhubert"
+    objective: Literal["layers", "relations"] = "layers"
     layers: int = Field(default=2, gt=0)
+    thin: ThinShape = ThinShape()
     edge: EdgeShape = EdgeShape()
+    relations: StarRecipe = StarRecipe()
+    # RobustDistiller's second head (`objectives/robust.py`), beside `corruption` of what the student hears.
+    enhancement: EnhancementRecipe | None = None
     targets: tuple[int, ...] = (4, 8, 12)
     # Of the schedule's rate, for the CNN that was copied from the teacher (s3prl: 0.1).
     cnn_rate: float = Field(default=0.1, ge=0, le=1)
@@ -46,58 +53,11 @@ class DistilRecipe(AudioRecipe):
     schedule: Schedule
 
 
-class Distillation(nn.Module):
-    """A student of the teacher's own kind with its prediction heads."""
-
-    def __init__(
-        self, student: SelfSupervised, teacher: Teacher, targets: Sequence[int], judge: Judge | None = None
-    ) -> None:
-        super().__init__()
-        _check_targets(targets, teacher)
-        self.student = student
-        self.heads = PredictionHeads(student.width, targets, teacher.width)
-        # In a function, out of the module's sight: neither saved nor counted nor trained.
-        self._judge = judge or _at_once(teacher)
-
-    def forward(self, batch: Waves, _step: int) -> dict[str, Tensor]:
-        wanted = self._judge(batch.as_recorded)
-        found = self.student(batch.waveform, batch.lengths)
-        loss = distillation_loss(self.heads(found.hidden[-1]), wanted.hidden, self.heads.targets, found.mask)
-        return {"total": loss}
-
-
-class EdgeDistillation(nn.Module):
-    """The edge student: its frames are 50 ms apart, so the teacher's are interpolated at their centres."""
-
-    def __init__(self, student: Edge, teacher: Teacher, targets: Sequence[int], judge: Judge | None = None) -> None:
-        super().__init__()
-        _check_targets(targets, teacher)
-        self.student = student
-        self.heads = PredictionHeads(2 * student.shape.task_width, targets, teacher.width)
-        self._judge = judge or _at_once(teacher)
-        self._timing = (teacher,)
-
-    def forward(self, batch: Waves, _step: int) -> dict[str, Tensor]:
-        teacher = self._timing[0]
-        wanted = self._judge(batch.as_recorded)
-        found = self.student(batch.waveform, batch.lengths)
-        centres = torch.arange(found.frames.shape[1]) * float(FRAME_HOP)
-        at = [
-            at_centres(hidden, teacher, centres) if layer in self.heads.targets else hidden
-            for layer, hidden in enumerate(wanted.hidden)
-        ]
-        # Where a frame's centre lies past the clip's last whole teacher frame, nothing is known of it.
-        last = batch.lengths - teacher.reach / 2
-        known = found.mask & (centres.to(last.device)[None, :] <= last[:, None])
-        loss = distillation_loss(self.heads(found.frames), at, self.heads.targets, known)
-        return {"total": loss}
-
-
 def distil(
     recipe: DistilRecipe, folder: Path, cache_folder: Path, *, teacher: str | None = None, stop_after: int | None = None
 ) -> Path:
-    """Distil into `folder`; returns it. A finished `distilhubert` student lies in `folder/model` in the
-    transformers format, a finished edge in `folder/edge.pt`. Raises TrainingError."""
+    """Distil into `folder`; returns it. A finished edge lies in `folder/edge.pt`, any other student in
+    `folder/model` in the transformers format. Raises TrainingError."""
     source = teacher or recipe.teacher
     if not source:
         raise TeacherError("no teacher: give --teacher, a hub name or a folder, or name one in the recipe")
@@ -106,7 +66,11 @@ def distil(
     torch.manual_seed(recipe.seed)
     judge = None
     if recipe.feature_cache_gb:
-        judge = CachedTeacher(loaded, recipe.targets, cache_folder / "features", int(recipe.feature_cache_gb * 1e9))
+        if recipe.objective == "relations" and recipe.relations.attention:
+            raise TeacherError("attention maps are not kept on disk; set feature_cache_gb to 0")
+        judge = CachedTeacher(
+            loaded, _layers_heard(recipe, loaded), cache_folder / "features", int(recipe.feature_cache_gb * 1e9)
+        )
     stage = build(recipe, loaded, judge)
     job = Job(
         stage=stage,
@@ -115,33 +79,45 @@ def distil(
         seed=recipe.seed,
         folder=folder,
         identity={"recipe": recipe.identity(), "data": digests, "teacher": source},
+        same_recipe=recipe.says_the_same,
         watch=None if watched is None else lambda stage: _look(stage, watched),
         rates=(("student.model.feature_extractor.", recipe.cnn_rate),) if recipe.shape == "distilhubert" else (),
     )
     fit(job, stop_after=stop_after)
     if is_finished(folder):
-        if isinstance(stage, Distillation):
-            save_teacher(stage.student, folder / "model")
-        else:
+        if isinstance(stage.student, Edge):
             torch.save(stage.student.state_dict(), folder / "edge.pt")
+        else:
+            save_teacher(stage.student, folder / "model")
     return folder
 
 
-def build(recipe: DistilRecipe, teacher: Teacher, judge: Judge | None = None) -> Distillation | EdgeDistillation:
+def build(recipe: DistilRecipe, teacher: Teacher, judge: Judge | None = None) -> Stage:
     """The student before its first step. Raises TeacherError where recipe and teacher do not fit."""
+    judge = judge or at_once(teacher)
+    if recipe.enhancement is not None and recipe.objective == "relations":
+        raise TeacherError("an enhancement head goes with `objective: layers`")
     if recipe.shape == "edge":
-        return EdgeDistillation(Edge(2, recipe.edge), teacher, recipe.targets, judge)
-    return Distillation(student_of(teacher, layers=recipe.layers), teacher, recipe.targets, judge)
+        edge = Edge(2, recipe.edge)
+        if recipe.objective == "relations":
+            return EdgeStarDistillation(edge, teacher, recipe.relations, judge)
+        return EdgeDistillation(edge, teacher, recipe.targets, judge, recipe.enhancement)
+    if recipe.shape == "thin":
+        student = thin_student(recipe.thin, teacher)
+    else:
+        student = student_of(teacher, layers=recipe.layers)
+    if recipe.objective == "relations":
+        return StarDistillation(student, teacher, recipe.relations, judge)
+    return Distillation(student, teacher, recipe.targets, judge, recipe.enhancement)
 
 
-def _at_once(teacher: Teacher) -> Judge:
-    return lambda batch: teacher.to(batch.waveform.device)(batch.waveform, batch.lengths)
-
-
-def _check_targets(targets: Sequence[int], teacher: Teacher) -> None:
-    beyond = [target for target in targets if not 0 <= target <= teacher.layers]
-    if beyond or not targets:
-        raise TeacherError(f"targets are {list(targets)}; the teacher has layers 0 to {teacher.layers}")
+def _layers_heard(recipe: DistilRecipe, teacher: Teacher) -> list[int]:
+    """Those of the teacher that the objective reads."""
+    if recipe.objective == "layers":
+        return list(recipe.targets)
+    if recipe.shape == "edge":
+        return [one for layer, _ in recipe.relations.edge_layers for one in (layer - 1, layer)]
+    return list(range(teacher.layers + 1))
 
 
 @torch.no_grad()

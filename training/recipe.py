@@ -18,6 +18,8 @@ from training.students.edge import EdgeShape
 from training.synthesis import SynthesisRecipe
 
 RecipeT = TypeVar("RecipeT", bound=BaseModel)
+# Where audio lies.
+NOT_DECIDED = {"data", "shar"}
 
 
 class CorpusRecipe(BaseModel):
@@ -33,7 +35,16 @@ class CorpusRecipe(BaseModel):
 
     def identity(self) -> dict[str, Any]:
         """What was decided; where the data lies does not count, as its digests are written down beside it."""
-        return self.model_dump(mode="json", exclude={"data", "shar"})
+        return self.model_dump(mode="json", exclude=NOT_DECIDED)
+
+    def says_the_same(self, stored: dict[str, Any]) -> bool:
+        """Whether `stored` is this recipe's `identity`, perhaps written before some of its settings existed:
+        those had their defaults then."""
+        elsewhere = {name: value for name, value in self.model_dump(mode="json").items() if name in NOT_DECIDED}
+        try:
+            return type(self).model_validate({**stored, **elsewhere}).identity() == self.identity()
+        except ValidationError:
+            return False
 
     def read(self) -> tuple[Data, list[Clip], list[Clip]]:
         """The tables, and the chosen corpora's clips of train and of the fold. Raises ManifestError."""

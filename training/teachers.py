@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import (
     AutoConfig,
+    HubertConfig,
     HubertModel,
     PretrainedConfig,
     PreTrainedModel,
@@ -28,6 +31,7 @@ from transformers import (
 
 from training.audio_cache import SAMPLE_RATE_HZ
 from training.errors import TeacherError
+from training.students.frontend import LogMel
 
 FAMILIES: dict[str, type[PreTrainedModel]] = {"wav2vec2": Wav2Vec2Model, "hubert": HubertModel, "wavlm": WavLMModel}
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json")
@@ -37,12 +41,72 @@ UNUSED_WEIGHTS = ("masked_spec_embed",)
 VARIANCE_FLOOR = 1e-7
 
 
+class MelFrontEnd(nn.Module):
+    """In place of the CNN on samples: 64 log-mel bands each 10 ms, then two convolutions (MelHuBERT, Lin et al. 2023).
+
+    A CNN on samples needs tens of thousands of steps to find out about frequency; bands are given. Each band
+    has mean 0 over its clip, which hides the microphone as the CNN's first norm hides the level. Frames are as
+    many and as far apart as the CNN's, so everything else stays HuBERT. [B, N] -> [B, C, T].
+    """
+
+    MELS, HOP = 64, 160
+    lengths: Tensor | None = None  # [B], samples
+
+    def __init__(self, channels: int, reach: int, hop: int) -> None:
+        super().__init__()
+        self._reach, self._hop = reach, hop
+        self.restore()
+        self.first = nn.Conv1d(self.MELS, channels, 3, padding=1)
+        self.second = nn.Conv1d(channels, channels, 4, stride=hop // self.HOP)
+
+    def restore(self) -> None:
+        """Make the filters, which no file holds: transformers builds a model it loads without any data."""
+        with torch.device("cpu"):
+            self.features = LogMel(self.MELS, hop=self.HOP)
+
+    def forward(self, waveform: Tensor) -> Tensor:
+        frames = (waveform.shape[1] - self._reach) // self._hop + 1
+        with torch.autocast(waveform.device.type, enabled=False):
+            # Silence past the end, so that no clip's last frames see where a batch ends.
+            bands = self.features(functional.pad(waveform.float(), (0, 8 * self.HOP)))
+            if self.lengths is not None:
+                counts = self.lengths.div(self.HOP, rounding_mode="floor")[:, None, None]
+                inside = torch.arange(bands.shape[2], device=bands.device) < counts
+                bands = (bands - (bands * inside).sum(dim=2, keepdim=True) / counts) * inside
+        return functional.gelu(self.second(functional.gelu(self.first(bands))))[:, :, :frames]
+
+
+class OwnHubert(HubertModel):  # type: ignore[no-untyped-call]  # transformers' own hook for subclasses
+    """HuBERT with what config.json of our own models may say beside: `"thin": true`, the CNN is as wide as the
+    encoder and nothing lies between them (`students/thin.py`); `"mel": true`, a `MelFrontEnd` is its CNN."""
+
+    def __init__(self, config: HubertConfig) -> None:
+        super().__init__(config)
+        if getattr(config, "thin", False):
+            projection: Any = self.feature_projection
+            projection.projection = nn.Identity()
+        if getattr(config, "mel", False):
+            own: Any = self
+            own.feature_extractor = MelFrontEnd(
+                config.conv_dim[-1], reach(config.conv_kernel, config.conv_stride), math.prod(config.conv_stride)
+            )
+
+
+def reach(kernels: Sequence[int], strides: Sequence[int]) -> int:
+    """Samples under one frame of such a stack of convolutions."""
+    samples = 1
+    for kernel, stride in zip(reversed(kernels), reversed(strides), strict=True):
+        samples = (samples - 1) * stride + kernel
+    return samples
+
+
 @dataclass(frozen=True, slots=True)
 class HiddenStates:
-    """B clips, T frames, D channels. Values past a clip's frames mean nothing."""
+    """B clips, T frames, D channels, H heads. Values past a clip's frames mean nothing."""
 
     hidden: tuple[Tensor, ...]  # layers + 1 of [B, T, D]; first the encoder's input, then each layer's output
     mask: Tensor  # [B, T] bool, True within the clip
+    attention: tuple[Tensor, ...] = ()  # each layer's [B, H, T, T] after the softmax, where it was asked for
 
 
 class ClipGroupNorm(nn.GroupNorm):
@@ -58,6 +122,11 @@ class ClipGroupNorm(nn.GroupNorm):
         """[B, C, T] -> the same."""
         if self.lengths is None:
             return super().forward(x)
+        if not torch.onnx.is_in_onnx_export():
+            # Clip by clip with the fused kernel: a third of the time of what follows, which a graph needs.
+            lengths = self.lengths.tolist()
+            rows = [super(ClipGroupNorm, self).forward(row[None, :, :n]) for row, n in zip(x, lengths, strict=True)]
+            return torch.cat([functional.pad(row, (0, x.shape[2] - row.shape[2])) for row in rows])
         inside = (torch.arange(x.shape[2], device=x.device)[None, :] < self.lengths[:, None])[:, None, :]
         wide = x.float() * inside
         count = inside.sum(dim=2, keepdim=True)
@@ -81,15 +150,18 @@ class SelfSupervised(nn.Module):
         self._kernels: tuple[int, ...] = tuple(config.conv_kernel)
         self._strides: tuple[int, ...] = tuple(config.conv_stride)
         self.hop = math.prod(self._strides)
+        self._attention = False
         _mask_first_norm(model)
+
+    def keep_attention(self) -> None:
+        """From now on forward also returns every layer's attention, which the fused kernels do not give."""
+        self.model.set_attn_implementation("eager")
+        self._attention = True
 
     @property
     def reach(self) -> int:
         """Samples under one frame."""
-        reach = 1
-        for kernel, stride in zip(reversed(self._kernels), reversed(self._strides), strict=True):
-            reach = (reach - 1) * stride + kernel
-        return reach
+        return reach(self._kernels, self._strides)
 
     def frames(self, samples: int) -> int:
         """Frames of a clip of so many samples; clips shorter than `reach` are padded to one frame."""
@@ -118,11 +190,12 @@ class SelfSupervised(nn.Module):
                 attention_mask=(samples < lengths[:, None]).long(),
                 mask_time_indices=hidden_mask,
                 output_hidden_states=True,
+                output_attentions=self._attention,
                 return_dict=True,
             )
         hidden = tuple(found.hidden_states)
         frames = torch.arange(hidden[0].shape[1], device=waveform.device)[None, :]
-        return HiddenStates(hidden, frames < counts[:, None])
+        return HiddenStates(hidden, frames < counts[:, None], tuple(found.attentions) if self._attention else ())
 
     def heard(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """What the CNN alone says: frames [B, T, D] as the encoder takes them, and which of them are in the clip."""
@@ -143,9 +216,12 @@ class SelfSupervised(nn.Module):
         waveform = waveform * inside
         # Clips too short for a frame have one all the same; the attention must not be empty.
         lengths = lengths.clamp(min=self.reach)
-        first = _first_layer(self.model)
-        if isinstance(getattr(first, "layer_norm", None), ClipGroupNorm):
-            first.layer_norm.lengths = (lengths - self._kernels[0]).div(self._strides[0], rounding_mode="floor") + 1
+        norm = getattr(_first_layer(self.model), "layer_norm", None)
+        if isinstance(norm, ClipGroupNorm):
+            norm.lengths = (lengths - self._kernels[0]).div(self._strides[0], rounding_mode="floor") + 1
+        encoder: Any = self.model.feature_extractor
+        if isinstance(encoder, MelFrontEnd):
+            encoder.lengths = lengths
         counts = lengths
         for kernel, stride in zip(self._kernels, self._strides, strict=True):
             counts = (counts - kernel).div(stride, rounding_mode="floor") + 1
@@ -192,7 +268,7 @@ def load_teacher(source: str) -> Teacher:
         raise TeacherError(f"{source} wants {preprocessor.sampling_rate} Hz; sotto works at {SAMPLE_RATE_HZ} Hz")
     try:
         # Its annotation leaves the pair out that `output_loading_info` brings.
-        load: Any = FAMILIES[config.model_type].from_pretrained
+        load: Any = model_class(config).from_pretrained
         model, report = load(source, config=config, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise TeacherError(f"the weights of {source} do not load: {_first_line(error)}") from error
@@ -202,7 +278,16 @@ def load_teacher(source: str) -> Teacher:
             f"{len(missing)} weights are missing from {source}, {missing[0]} among them; "
             "the file is incomplete or of another model"
         )
+    if isinstance(model.feature_extractor, MelFrontEnd):
+        model.feature_extractor.restore()
     return Teacher(model, normalise=bool(preprocessor.do_normalize))
+
+
+def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class that such a config belongs to."""
+    own: type[PreTrainedModel] = OwnHubert
+    is_own = getattr(config, "thin", False) or getattr(config, "mel", False)
+    return own if is_own else FAMILIES[config.model_type]
 
 
 def require_hop(teacher: Teacher, hop: int, *, student: str) -> None:
@@ -251,8 +336,9 @@ def _config(source: str, *, local: bool) -> PretrainedConfig:
 
 
 def _first_layer(model: PreTrainedModel) -> Any:
+    """Of the CNN; None where a model has bands instead."""
     encoder: Any = model.feature_extractor
-    return encoder.conv_layers[0]
+    return None if isinstance(encoder, MelFrontEnd) else encoder.conv_layers[0]
 
 
 def _mask_first_norm(model: PreTrainedModel) -> None:

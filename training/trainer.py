@@ -89,6 +89,8 @@ class Job(Generic[BatchT]):
     watch: Callable[[nn.Module], Watched] | None = None
     # Learning rates relative to the schedule's, by prefix of the parameter's name; 0 freezes.
     rates: tuple[tuple[str, float], ...] = ()
+    # Whether the recipe in a stored identity is this run's, where a plain comparison is too strict.
+    same_recipe: Callable[[dict[str, Any]], bool] | None = None
     notes: dict[str, Any] = field(default_factory=dict)  # written into run.json beside the identity
 
 
@@ -297,7 +299,8 @@ def _claim(job: Job[Any]) -> None:
     path = job.folder / "run.json"
     identity = json.loads(json.dumps({**job.identity, "seed": job.seed, "schedule": job.schedule.model_dump()}))
     if path.is_file():
-        if json.loads(path.read_text(encoding="utf-8"))["identity"] != identity:
+        stored = json.loads(path.read_text(encoding="utf-8"))["identity"]
+        if not _is_same_run(job, stored, identity):
             raise RunError(f"{job.folder} holds a run of something else; give --run another folder")
         return
     run = {
@@ -311,6 +314,13 @@ def _claim(job: Job[Any]) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(run, indent=1, ensure_ascii=False), encoding="utf-8")
     partial.replace(path)
+
+
+def _is_same_run(job: Job[Any], stored: dict[str, Any], identity: dict[str, Any]) -> bool:
+    if job.same_recipe is None or not job.same_recipe(stored["recipe"]):
+        return stored == identity
+    rest, own = ({**one, "recipe": None, "schedule": None} for one in (stored, identity))
+    return rest == own and Schedule.model_validate(stored["schedule"]) == job.schedule
 
 
 def _replace(path: Path, state: object) -> None:

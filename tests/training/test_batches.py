@@ -147,6 +147,33 @@ def test_nothing_is_heard_past_a_clip_s_length() -> None:
     assert all(float(item.waveform[item.lengths :].abs().max()) == 0 for item in shorter)
 
 
+@pytest.mark.parametrize(("p_alone", "least", "most"), [(0.0, 0, 0), (0.8, 130, 190), (1.0, 200, 200)])
+def test_short_clips_end_with_their_audio_as_often_as_asked(p_alone: float, least: int, most: int) -> None:
+    source = source_of([burst_clip("a", 0.5, 0.1, keyword="yes")], p_alone=p_alone)
+    ending = sum(int(item.lengths) < SAMPLE_RATE_HZ for item in items(source, 25))
+    assert least <= ending <= most
+
+
+def test_trimming_cuts_both_ends_and_never_the_word() -> None:
+    trim_s = 0.12
+    source = source_of([burst_clip("a", 0.8, 0.3, keyword="yes")], p_alone=1.0, trim_s=trim_s)
+    before, after = [], []
+    for item in items(source, 25):
+        first, last = heard_s(item.waveform)
+        assert last - first == pytest.approx(BURST_S, abs=0.002)
+        assert (first, last) == pytest.approx(tuple(item.word_s.tolist()), abs=0.003)
+        before.append(0.3 - first)
+        after.append(0.8 - 0.3 - BURST_S - (int(item.lengths) / SAMPLE_RATE_HZ - last))
+    for cut in (before, after):
+        assert -0.003 < min(cut) < 0.02
+        assert trim_s - 0.02 < max(cut) < trim_s + 0.003
+
+
+def test_a_word_that_fills_its_clip_is_not_trimmed() -> None:
+    source = source_of([burst_clip("a", BURST_S, 0.0, keyword="yes")], p_alone=1.0, trim_s=0.12)
+    assert {int(item.lengths) for item in items(source, 5)} == {round(BURST_S * SAMPLE_RATE_HZ)}
+
+
 def test_floating_clip_is_anywhere() -> None:
     source = source_of([burst_clip("a", 0.5, 0.1, keyword="yes")])
     starts = [float(item.word_s[0]) for item in items(source, 25) if item.lengths == SAMPLE_RATE_HZ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,9 @@ from typer.testing import CliRunner
 
 from training.audio_cache import AudioCache, decode
 from training.cli import app
-from training.cuts import AudioRecipe, CutBatches, MixingRecipe, NoiseMixer, SharBatches, write_shar
+from training.cuts import AudioRecipe, Corruption, CorruptionRecipe, CutBatches, SharBatches, Waves, write_shar
 from training.errors import ManifestError
-from training.manifest import read_data
+from training.manifest import Recording, read_data
 
 
 @pytest.fixture(scope="module")
@@ -115,22 +116,55 @@ def test_a_recipe_hears_shards_and_watches_its_own_fold(made_data: Path, shards:
     assert digests != recipe(made_data).sources(tmp_path)[2]
 
 
-@pytest.mark.parametrize("snr_db", [0.0, 15.0])
-def test_noise_is_mixed_at_its_level(made_data: Path, tmp_path: Path, snr_db: float) -> None:
-    mixing = {"p": 1.0, "snr_db": (snr_db, snr_db)}
-    batch = recipe(made_data, mixing=mixing).sources(tmp_path)[0][0]
+def first(data: Path, cache: Path, **corruption: object) -> Waves:
+    return recipe(data, corruption=corruption).sources(cache)[0][0]
+
+
+def level_db(samples: torch.Tensor) -> float:
+    return 10 * float(torch.log10(samples.square().mean()))
+
+
+@pytest.mark.parametrize(("snr_db", "p_white"), [(0.0, 0.0), (15.0, 0.0), (5.0, 1.0)])
+def test_noise_is_mixed_at_its_level(made_data: Path, tmp_path: Path, snr_db: float, p_white: float) -> None:
+    batch = first(made_data, tmp_path, p_noise=1.0, p_room=0.0, snr_db=(snr_db, snr_db), p_white=p_white)
     assert batch.clean is not None
     for row, length in enumerate(batch.lengths.tolist()):
         clean, heard = batch.clean[row, :length], batch.waveform[row, :length]
-        found_db = 10 * torch.log10(clean.square().mean() / (heard - clean).square().mean())
-        assert float(found_db) == pytest.approx(snr_db, abs=0.01)
+        assert level_db(clean) - level_db(heard - clean) == pytest.approx(snr_db, abs=0.05)
         assert not batch.waveform[row, length:].any()
 
 
-def test_noise_is_the_same_whenever_a_batch_is_asked_for_and_differs_between_batches(
-    made_data: Path, tmp_path: Path
-) -> None:
-    one, other = (recipe(made_data, mixing={"p": 0.5}).sources(tmp_path)[0] for _ in range(2))
+def test_a_room_keeps_the_level_and_reverberates(made_data: Path, tmp_path: Path) -> None:
+    batch = first(made_data, tmp_path, p_noise=0.0, p_room=1.0)
+    assert batch.clean is not None
+    for row, length in enumerate(batch.lengths.tolist()):
+        clean, heard = batch.clean[row, :length], batch.waveform[row, :length]
+        assert level_db(heard) == pytest.approx(level_db(clean), abs=0.05)
+        assert not torch.allclose(heard, clean, atol=1e-3)
+        # The direct sound stays where it was: no shift matches the recording better than none.
+        shifts = [float((heard[400 + k : length - 400 + k] * clean[400 : length - 400]).sum()) for k in (-40, 0, 40)]
+        assert max(shifts) == shifts[1]
+
+
+def test_noise_room_both_and_neither_are_equally_frequent() -> None:
+    """RobustDistiller, checklist 3(e) 2: told apart by what each leaves of a click before silence."""
+    click = np.zeros(4000, dtype=np.float32)
+    click[1000] = 1.0
+    room = Recording(Path("room"), "room", "made", "train", "room", 0.1)
+    response = np.zeros(1600, dtype=np.int16)
+    response[40], response[840] = 30_000, 15_000
+    cache = AudioCache(response, {"room": (0, 1600)})
+    corrupt = Corruption(CorruptionRecipe(p_white=1.0, snr_db=(20.0, 20.0)), [], [room], cache, seed=1)
+    counts: Counter[tuple[bool, bool]] = Counter()
+    for number in range(2000):
+        heard = corrupt(click, number, 0)
+        counts[bool(np.abs(heard[:900]).max() > 1e-6), bool(abs(heard[1800]) > 0.3)] += 1
+    assert sum(counts.values()) == 2000
+    assert all(abs(counts[noisy, echoing] - 500) < 4 * 19.4 for noisy in (False, True) for echoing in (False, True))
+
+
+def test_corruption_is_the_same_whenever_a_batch_is_asked_for(made_data: Path, tmp_path: Path) -> None:
+    one, other = (recipe(made_data, corruption={}).sources(tmp_path)[0] for _ in range(2))
     late, early = one[5], one[2]
     assert torch.equal(other[2].waveform, early.waveform)
     assert torch.equal(other[5].waveform, late.waveform)
@@ -140,20 +174,53 @@ def test_noise_is_the_same_whenever_a_batch_is_asked_for_and_differs_between_bat
     assert not all(touched)
 
 
-def test_targets_come_from_the_recording_without_noise(made_data: Path, tmp_path: Path) -> None:
-    batch = recipe(made_data, mixing={"p": 1.0}).sources(tmp_path)[0][0]
-    plain = recipe(made_data).sources(tmp_path)[0][0]
+def test_a_curriculum_begins_with_little_noise_and_no_room(made_data: Path, tmp_path: Path) -> None:
+    source = recipe(made_data, corruption={"p_noise": 1.0, "p_room": 0.0, "curriculum_batches": 20}).sources(tmp_path)[
+        0
+    ]
+    lowest = []
+    for number in (0, 10, 20):
+        batch = source[number]
+        assert batch.clean is not None
+        lowest.append(
+            min(
+                level_db(batch.clean[row, :length]) - level_db(batch.waveform[row, :length] - batch.clean[row, :length])
+                for row, length in enumerate(batch.lengths.tolist())
+            )
+        )
+    assert lowest[0] == pytest.approx(20.0, abs=0.05)
+    assert 9.9 < lowest[1] < 20.0
+    assert lowest[2] < 10.0
+    rooms = recipe(made_data, corruption={"p_noise": 0.0, "p_room": 1.0, "curriculum_batches": 20}).sources(tmp_path)[0]
+    assert rooms[0].clean is not None
+    assert torch.equal(rooms[0].waveform, rooms[0].clean)
+
+
+def test_the_teacher_hears_the_recording_itself(made_data: Path, tmp_path: Path) -> None:
+    """RobustDistiller, checklist 3(e) 1."""
+    batch, plain = first(made_data, tmp_path), recipe(made_data).sources(tmp_path)[0][0]
     assert torch.equal(batch.as_recorded.waveform, plain.waveform)
+    assert not torch.equal(batch.waveform, plain.waveform)
     assert batch.as_recorded.names == plain.names
     assert plain.as_recorded is plain
 
 
-def test_the_fold_is_watched_without_noise(made_data: Path, tmp_path: Path) -> None:
-    watched = recipe(made_data, mixing={"p": 1.0}).sources(tmp_path)[1]
+def test_the_fold_is_watched_without_corruption(made_data: Path, tmp_path: Path) -> None:
+    watched = recipe(made_data, corruption={}).sources(tmp_path)[1]
     assert watched is not None
     assert watched[0].clean is None
 
 
-def test_mixing_without_noise_of_the_train_split_is_refused(tmp_path: Path) -> None:
+def test_only_noises_and_rooms_of_the_train_split_are_used(made_data: Path, tmp_path: Path) -> None:
+    """RobustDistiller, checklist 3(e) 7."""
+    root = tmp_path / "data"
+    root.mkdir()
+    for name in ("manifest.csv", "noise.csv", "rir.csv"):
+        text = (made_data / name).read_text()
+        (root / name).write_text(text if name == "manifest.csv" else text.replace(",train,", ",dev,"))
+    for name in ("asc", "gsc", "noise", "rir"):
+        (root / name).symlink_to(made_data / name)
     with pytest.raises(ManifestError, match=r"noise\.csv"):
-        NoiseMixer(MixingRecipe(p=1.0), [], AudioCache.build(tmp_path, []), 0)
+        recipe(root, corruption={"p_room": 0.0}).sources(tmp_path)
+    with pytest.raises(ManifestError, match=r"rir\.csv"):
+        recipe(root, corruption={"p_noise": 0.0}).sources(tmp_path)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from training.students.edge import Edge, EdgeOutputs, EdgeShape
-from training.students.frontend import CENTRE, FLOOR, SPREAD, WINDOW, LogMel, mel_filters
+from training.students.frontend import CENTRE, FLOOR, HOP, SPREAD, LogMel, mel_filters
 
 SMALL = EdgeShape(
     mels=32, stem_channels=8, early_width=16, early_blocks=1, early_kernel=3, shared_width=24, shared_blocks=1,
@@ -27,9 +27,9 @@ def reference_log_mel(waveform: Tensor, mels: int) -> Tensor:
     """[N] -> [mels, ceil(N / 200)] by a whole window and torch.fft.rfft."""
     frames = math.ceil(len(waveform) / 200)
     padded = nn.functional.pad(waveform.double(), (200, 400))
-    window = torch.hann_window(WINDOW, periodic=True, dtype=torch.float64)
-    stacked = torch.stack([padded[200 * t : 200 * t + WINDOW] * window for t in range(frames)])
-    power = torch.fft.rfft(stacked).abs().square() @ mel_filters(mels, WINDOW // 2 + 1, 16_000)
+    window = torch.hann_window(2 * HOP, periodic=True, dtype=torch.float64)
+    stacked = torch.stack([padded[HOP * t : HOP * (t + 2)] * window for t in range(frames)])
+    power = torch.fft.rfft(stacked).abs().square() @ mel_filters(mels, HOP + 1, 16_000)
     return ((torch.log(power + FLOOR) - CENTRE) / SPREAD).T.float()
 
 
@@ -42,7 +42,7 @@ def test_log_mel_equals_a_whole_transform(level: float) -> None:
 def test_log_mel_of_a_tone_peaks_in_its_band() -> None:
     tone = 0.3 * torch.sin(2 * torch.pi * 1000 * torch.arange(8000) / 16_000)
     bands = LogMel(64)(tone[None])[0, :, 25]
-    filters = mel_filters(64, WINDOW // 2 + 1, 16_000)
+    filters = mel_filters(64, HOP + 1, 16_000)
     # Bin 25 is 1000 Hz.
     assert int(bands.argmax()) == int(filters[25].argmax())
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from training.cuts import AudioRecipe
 from training.errors import RunError
 from training.trainer import Job, Schedule, Watched, fit, is_finished
 
@@ -190,6 +191,30 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
         fit(replace(job(tmp_path / "run"), identity={"what": "a circle"}))
     with pytest.raises(RunError, match="holds a run of something else"):
         fit(job(tmp_path / "run", SCHEDULE.model_copy(update={"steps": 13})))
+
+
+def test_a_run_begun_before_a_setting_existed_goes_on(tmp_path: Path) -> None:
+    """What is not in its run.json had its default; other defaults or values are another run."""
+    begun = recipe(made_data=tmp_path)
+    identity = {"recipe": begun.identity()}
+    fit(replace(job(tmp_path / "run"), identity=identity, same_recipe=begun.says_the_same), stop_after=3)
+    path = tmp_path / "run/run.json"
+    run = json.loads(path.read_text())
+    del run["identity"]["recipe"]["corruption"], run["identity"]["schedule"]["patience"]
+    path.write_text(json.dumps(run))
+    fit(replace(job(tmp_path / "run"), identity=identity, same_recipe=begun.says_the_same), stop_after=6)
+    for changes in ({"corruption": {}}, {"longest_s": 5.0}):
+        other = recipe(made_data=tmp_path, **changes)
+        changed = replace(job(tmp_path / "run"), identity={"recipe": other.identity()}, same_recipe=other.says_the_same)
+        with pytest.raises(RunError, match="something else"):
+            fit(changed)
+    longer = job(tmp_path / "run", SCHEDULE.model_copy(update={"steps": 13}))
+    with pytest.raises(RunError, match="something else"):
+        fit(replace(longer, identity=identity, same_recipe=begun.says_the_same))
+
+
+def recipe(made_data: Path, **changes: object) -> AudioRecipe:
+    return AudioRecipe.model_validate({"name": "tiny", "data": made_data, **changes})
 
 
 def test_the_run_folder_says_what_was_run(tmp_path: Path) -> None:

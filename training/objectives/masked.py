@@ -1,10 +1,10 @@
-"""Masked prediction of units (Hsu et al. 2021), and a CNN's first lesson.
+"""Masked prediction of units (Hsu et al. 2021).
 
     p(c | o_t) = softmax over c of  cos(A o_t, e_c) / 0.1                                   (eq. 3)
     L = a L_hidden + (1 - a) L_visible,  L_m = - mean over frames t of  log p(z_t | o_t)    (eq. 1, 2)
 
-The paper ends with a = 1. With the few steps that a small machine can do, the visible frames are what
-teaches the CNN to hear at all; `hidden_weight` is a.
+The paper ends with a = 1; in the few steps that a small machine can do the visible frames teach more.
+`hidden_weight` is a.
 """
 
 from __future__ import annotations
@@ -12,46 +12,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from lhotse.features.kaldi.layers import Wav2LogFilterBank
 from torch import Tensor, nn
 from torch.nn import functional
 
-from training.audio_cache import SAMPLE_RATE_HZ
 from training.cuts import Waves
 from training.teachers import SelfSupervised
-from training.units import HOP, WINDOW, Units, centred, whole_windows
+from training.units import Units
 
 TEMPERATURE = 0.1
-BANDS = 40
-
-
-class Hearing(nn.Module):
-    """What the CNN says of a frame gives its spectrum: squared error of 40 log-mel bands, each standardised
-    over the clip.
-
-    Hundreds of thousands of steps of masked prediction teach a CNN on raw samples to hear; the thousand that
-    two cores have time for do not, while this takes minutes and is then left behind.
-    """
-
-    def __init__(self, trunk: SelfSupervised) -> None:
-        super().__init__()
-        self.trunk = trunk
-        self.spectrum = nn.Linear(trunk.width, BANDS)
-        with whole_windows():
-            self._bands = Wav2LogFilterBank(
-                frame_length=WINDOW / SAMPLE_RATE_HZ, frame_shift=HOP / SAMPLE_RATE_HZ, snip_edges=True,
-                num_filters=BANDS,
-            )  # fmt: skip
-
-    def forward(self, batch: Waves, _step: int) -> dict[str, Tensor]:
-        """The loss over all frames of the batch."""
-        heard, recorded = (_a_window(waves.waveform) for waves in (batch, batch.as_recorded))
-        with torch.no_grad():
-            level, variance = centred(self._bands.to(recorded.device)(recorded), batch.lengths)
-            wanted = level / (variance + 1e-3).sqrt()
-        found, mask = self.trunk.heard(heard, batch.lengths)
-        loss = functional.mse_loss(self.spectrum(found[mask]).float(), wanted[mask])
-        return {"total": loss}
 
 
 class MaskedPrediction(nn.Module):
@@ -71,7 +39,9 @@ class MaskedPrediction(nn.Module):
         width = min(256, trunk.width)
         self.trunk = trunk
         self.project = nn.Linear(trunk.width, width)
-        self.embedding = nn.Parameter(torch.randn(clusters, width))
+        # Only its direction counts. Small, so that few steps can turn it: an optimiser's steps are of one
+        # size, and rows of length 16 took hundreds of them to point anywhere.
+        self.embedding = nn.Parameter(0.05 * torch.randn(clusters, width))
         self._units = units
         self._span, self._share, self._hidden_weight = span, share, hidden_weight
 
@@ -110,8 +80,3 @@ def hide_spans(counts: Sequence[int], frames: int, *, span: int, share: float) -
         for start in torch.randperm(count - length + 1)[:starts].tolist():
             hidden[row, start : start + length] = True
     return hidden
-
-
-def _a_window(waveform: Tensor) -> Tensor:
-    """At least one frame long."""
-    return functional.pad(waveform, (0, max(0, WINDOW - waveform.shape[1])))

@@ -16,8 +16,11 @@ class AamSoftmax(nn.Module):
     linear continuation cos θ_y - m·sin m keeps the loss monotonic.
     """
 
-    def __init__(self, dim: int, classes: int, scale: float = 30.0) -> None:
+    def __init__(self, dim: int, classes: int, scale: float = 30.0, *, weight: Tensor | None = None) -> None:
+        """`weight` [classes] is how much each speaker counts."""
         super().__init__()
+        self.class_weight: Tensor | None
+        self.register_buffer("class_weight", weight, persistent=False)
         self.scale = scale
         self.weight = nn.Parameter(torch.empty(classes, dim))
         nn.init.xavier_normal_(self.weight)
@@ -29,4 +32,4 @@ class AamSoftmax(nn.Module):
         shifted = true * math.cos(margin) - sine * math.sin(margin)
         shifted = torch.where(true > math.cos(math.pi - margin), shifted, true - margin * math.sin(margin))
         logits = cosine.scatter(1, speaker[:, None], shifted)
-        return functional.cross_entropy(logits * self.scale, speaker)
+        return functional.cross_entropy(logits * self.scale, speaker, weight=self.class_weight)

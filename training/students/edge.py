@@ -209,8 +209,8 @@ class Edge(nn.Module):
         total = frames.float().sum(dim=1)
         return EdgeOutputs(
             keyword_logits=logits.float(),
-            speaker_embedding=_unit(speaker.float()),
-            embedding=_unit(total),
+            speaker_embedding=unit(speaker.float()),
+            embedding=unit(total),
             frames=frames.float(),
             mask=flat_mask > 0,
         )
@@ -220,5 +220,6 @@ def _blocks(count: int, width: int, kernel: int) -> nn.ModuleList:
     return nn.ModuleList(Block(width, kernel) for _ in range(count))
 
 
-def _unit(x: Tensor) -> Tensor:
+def unit(x: Tensor) -> Tensor:
+    """Rows [B, D] at length 1."""
     return x / torch.sqrt((x * x).sum(dim=1, keepdim=True) + 1e-12)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 HOP = 200
-WINDOW = 2 * HOP
 LOWEST_HZ, HIGHEST_HZ = 40.0, 7600.0
 # Mel power below this is inaudible at 16 bits; the logarithm stops there.
 FLOOR = 1e-6
@@ -18,21 +17,22 @@ CENTRE, SPREAD = -5.0, 4.0
 
 
 class LogMel(nn.Module):
-    """Waveform [B, N] in [-1, 1] at 16 kHz -> features [B, mels, ceil(N / 200)], 12.5 ms apart.
+    """Waveform [B, N] in [-1, 1] at 16 kHz -> features [B, mels, ceil(N / hop)]; hops of 200 are 12.5 ms.
 
-    Windows of 25 ms are two hops long, so framing is two views of the waveform. A Hann window is
+    Windows are two hops long, so framing is two views of the waveform. A Hann window is
     symmetric, hence the real part of the transform needs x[n] + x[W-n] only and the imaginary part
     x[n] - x[W-n]: two half-size matrix products in place of one full one.
     """
 
-    def __init__(self, mels: int = 64, sample_rate_hz: int = 16_000) -> None:
+    def __init__(self, mels: int = 64, sample_rate_hz: int = 16_000, *, hop: int = HOP) -> None:
         super().__init__()
-        filters = mel_filters(mels, HOP + 1, sample_rate_hz)
+        self.hop = hop
+        filters = mel_filters(mels, hop + 1, sample_rate_hz)
         heard = filters.sum(dim=1) > 0
-        n = torch.arange(1, HOP + 1, dtype=torch.float64)
-        k = torch.arange(HOP + 1, dtype=torch.float64)[heard]
-        phase = 2 * math.pi * torch.outer(n, k) / WINDOW
-        window = 0.5 - 0.5 * torch.cos(2 * math.pi * n / WINDOW)
+        n = torch.arange(1, hop + 1, dtype=torch.float64)
+        k = torch.arange(hop + 1, dtype=torch.float64)[heard]
+        phase = math.pi * torch.outer(n, k) / hop
+        window = 0.5 - 0.5 * torch.cos(math.pi * n / hop)
         # n = W/2 is its own mirror image: the fold below counts it twice.
         window[-1] *= 0.5
         self.cosine: Tensor
@@ -43,13 +43,13 @@ class LogMel(nn.Module):
         self.register_buffer("mel", filters[heard].float(), persistent=False)
 
     def forward(self, waveform: Tensor) -> Tensor:
-        count = waveform.shape[0]
-        left = waveform.new_zeros(count, HOP)
-        right = waveform.new_zeros(count, HOP)
+        count, hop = waveform.shape[0], self.hop
+        left = waveform.new_zeros(count, hop)
+        right = waveform.new_zeros(count, hop)
         padded = torch.cat([left, waveform, right], dim=1)
-        frames = (padded.shape[1] - 1) // HOP - 1
-        ahead = padded[:, 1 : frames * HOP + 1].reshape(count, -1, HOP)
-        behind = padded[:, HOP : (frames + 1) * HOP].reshape(count, -1, HOP).flip(2)
+        frames = (padded.shape[1] - 1) // hop - 1
+        ahead = padded[:, 1 : frames * hop + 1].reshape(count, -1, hop)
+        behind = padded[:, hop : (frames + 1) * hop].reshape(count, -1, hop).flip(2)
         real = torch.matmul(ahead + behind, self.cosine)
         imaginary = torch.matmul(ahead - behind, self.sine)
         power = torch.matmul(real * real + imaginary * imaginary, self.mel)
