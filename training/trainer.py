@@ -125,14 +125,17 @@ def fit(job: Job[BatchT], *, stop_after: int | None = None) -> nn.Module:
         for part in range(schedule.accumulate)
     ]
     numbered = zip(own, _load(job.source, own, schedule.workers), strict=True)
+    latest: dict[str, float] = {}
     with training_progress(disable=not accelerator.is_main_process) as progress:
         bar = progress.add_task(job.folder.name, total=schedule.steps, completed=state.step, loss="")
         while state.step < last and not state.stopped:
             terms = _step(accelerator, job, stage, optimizer, state.step, numbered)
             state.step += 1
             progress.update(bar, completed=state.step, loss=f"loss {terms['total']:.3f}")
+            # Alternating tasks give other terms each step; every tenth would be of one task for ever.
+            latest.update(terms)
             if writer is not None and state.step % 10 == 0:
-                for name, value in terms.items():
+                for name, value in latest.items():
                     writer.add_scalar(f"loss/{name}", value, state.step)
             finished = state.step == last
             if job.watch is not None and (state.step % schedule.watch_every == 0 or state.step == schedule.steps):

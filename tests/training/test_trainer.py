@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
 from training.cuts import AudioRecipe
@@ -215,6 +216,18 @@ def test_a_run_begun_before_a_setting_existed_goes_on(tmp_path: Path) -> None:
 
 def recipe(made_data: Path, **changes: object) -> AudioRecipe:
     return AudioRecipe.model_validate({"name": "tiny", "data": made_data, **changes})
+
+
+def test_losses_of_alternating_tasks_are_all_written_down(tmp_path: Path) -> None:
+    class Alternating(Regression):
+        def forward(self, batch: Pairs, step: int) -> dict[str, Tensor]:
+            total = super().forward(batch, step)["total"]
+            return {"total": total, ("even", "odd")[step % 2]: total}
+
+    fit(replace(job(tmp_path / "run"), stage=Alternating()))
+    events = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events.Reload()
+    assert {"loss/total", "loss/even", "loss/odd"} <= set(events.Tags()["scalars"])
 
 
 def test_the_run_folder_says_what_was_run(tmp_path: Path) -> None:
