@@ -82,10 +82,10 @@ class Augmenter:
             return rng.standard_normal(length).astype(np.float32)
         path = self._noises[int(rng.integers(len(self._noises)))].path
         available = self._cache.length(path)
-        if available <= length:
-            return np.resize(self._cache.read(path), length)
-        start = int(rng.integers(available - length))
-        return self._cache.read(path, start, start + length)
+        start = int(rng.integers(available - length)) if available > length else 0
+        stretch = np.resize(self._cache.read(path, start, start + length), length)
+        # A stretch of digital silence has no level to be set.
+        return stretch if stretch.any() else rng.standard_normal(length).astype(np.float32)
 
 
 def change_speed(waveform: Waveform, factor: float) -> Waveform:

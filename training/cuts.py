@@ -32,7 +32,7 @@ from lhotse.supervision import SupervisionSegment
 from pydantic import BaseModel, ConfigDict, Field
 
 from training.audio_cache import SAMPLE_RATE_HZ, AudioCache, Waveform, decode
-from training.augment import LONGEST_ROOM_SAMPLES, reverberate
+from training.augment import LONGEST_ROOM_SAMPLES, Augmenter, AugmentRecipe, reverberate
 from training.errors import ManifestError
 from training.manifest import Clip, digest_data
 from training.manifest import Recording as Disturbance
@@ -98,13 +98,13 @@ class AudioRecipe(CorpusRecipe):
             cache_folder, [*(clip.path for clip in heard), *(one.path for one in (*noises, *rooms))]
         )
         corrupt = None if self.corruption is None else Corruption(self.corruption, noises, rooms, cache, self.seed)
-        sizes: dict[str, Any] = {"batch_s": self.batch_s, "longest_s": self.longest_s, "seed": self.seed}
+        layout = Layout(self.batch_s, self.longest_s, self.seed)
         source: Batches
         if self.shar:
-            source = SharBatches(self.shar, **sizes, corrupt=corrupt)
+            source = SharBatches(self.shar, layout, corrupt)
         else:
-            source = CutBatches(cuts_of(train, cache), cache, **sizes, corrupt=corrupt)
-        watched = CutBatches(cuts_of(fold, cache), cache, **sizes) if fold else None
+            source = CutBatches(cuts_of(train, cache), cache, layout, corrupt)
+        watched = CutBatches(cuts_of(fold, cache), cache, layout) if fold else None
         return source, watched, {**digest_data(data), **digest_shar(self.shar)}
 
 
@@ -139,13 +139,14 @@ def write_shar(clips: Iterable[Clip], out: Path, *, shard_size: int = 1000) -> i
 
 
 def digest_shar(folders: Sequence[Path]) -> dict[str, str]:
-    """SHA-256 of each folder's lists of cuts and of its archives' sizes, by the folder's name."""
+    """SHA-256 of each folder's lists of cuts and of its archives' sizes, by the folder's place and name."""
     digests = {}
-    for folder in folders:
+    # Several disks may hold folders of one name.
+    for place, folder in enumerate(folders):
         digest = hashlib.sha256()
         for cuts, recordings in _shards(folder):
             digest.update(cuts.read_bytes() + f":{recordings.stat().st_size}".encode())
-        digests[f"shar/{folder.name}"] = digest.hexdigest()
+        digests[f"shar/{place}/{folder.name}"] = digest.hexdigest()
     return digests
 
 
@@ -182,8 +183,8 @@ class Corruption:
             raise ManifestError("there is no noise of the train split to mix with; it belongs into noise.csv")
         if recipe.p_room and not rooms:
             raise ManifestError("there is no room response of the train split; it belongs into rir.csv")
-        self._recipe, self._noises, self._rooms = recipe, list(noises), list(rooms)
-        self._cache, self._seed = cache, seed
+        self._recipe, self._rooms, self._cache, self._seed = recipe, list(rooms), cache, seed
+        self._disturbances = Augmenter(AugmentRecipe(p_white=recipe.p_white), cache, noises, rooms)
 
     def __call__(self, samples: Waveform, number: int, row: int) -> Waveform:
         """The room first, then noise at its level below what the room made of the speech: as it happens."""
@@ -199,21 +200,21 @@ class Corruption:
             samples = reverberate(samples, self._cache.read(room.path, 0, LONGEST_ROOM_SAMPLES))
         if with_noise:
             mixer = AudioMixer(samples[None, :], SAMPLE_RATE_HZ)
-            mixer.add_to_mix(self._noise(len(samples), rng)[None, :], snr=snr_db)
+            mixer.add_to_mix(self._disturbances.noise(len(samples), rng)[None, :], snr=snr_db)
             samples = np.asarray(mixer.mixed_audio[0], dtype=np.float32)
         return samples
 
     def _progress(self, number: int) -> float:
         return min(1.0, number / self._recipe.curriculum_batches) if self._recipe.curriculum_batches else 1.0
 
-    def _noise(self, length: int, rng: np.random.Generator) -> Waveform:
-        if rng.random() < self._recipe.p_white:
-            return rng.standard_normal(length).astype(np.float32)
-        path = self._noises[int(rng.integers(len(self._noises)))].path
-        start = int(rng.integers(max(1, self._cache.length(path) - length)))
-        noise = np.resize(self._cache.read(path, start, start + length), length)
-        # A stretch of digital silence has no level to be set.
-        return noise if noise.any() else rng.standard_normal(length).astype(np.float32)
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How recordings become batches."""
+
+    batch_s: float
+    longest_s: float  # of a window
+    seed: int
 
 
 class Batches(ABC):
@@ -222,8 +223,8 @@ class Batches(ABC):
     Parts follow one another without end; a part is an epoch, or a shard of one.
     """
 
-    def __init__(self, *, batch_s: float, longest_s: float, seed: int, corrupt: Corruption | None = None) -> None:
-        self._batch_s, self._longest_s, self._seed, self._corrupt = batch_s, longest_s, seed, corrupt
+    def __init__(self, layout: Layout, corrupt: Corruption | None) -> None:
+        self._layout, self._corrupt = layout, corrupt
         self._ends: list[int] = []
         self._kept: tuple[int, CutSet, list[list[str]]] | None = None
 
@@ -261,16 +262,15 @@ class Batches(ABC):
     def _lay_out(self, part: int) -> tuple[CutSet, list[list[str]]]:
         """A part's windows, and the names of those in each batch."""
         if self._kept is None or self._kept[0] != part:
-            windows = CutSet.from_cuts(
-                cut for cut in self._cuts_of_part(part).cut_into_windows(self._longest_s) if cut.duration >= SHORTEST_S
-            )
+            cuts = self._cuts_of_part(part).cut_into_windows(self._layout.longest_s)
+            windows = CutSet.from_cuts(cut for cut in cuts if cut.duration >= SHORTEST_S)
             # Which process takes which batch is the trainer's to say.
             sampler = BucketingSampler(
                 windows,
-                max_duration=self._batch_s,
+                max_duration=self._layout.batch_s,
                 num_buckets=max(1, min(BUCKETS, len(windows))),
                 shuffle=True,
-                seed=self._seed + part,
+                seed=self._layout.seed + part,
                 world_size=1,
                 rank=0,
             )
@@ -294,17 +294,8 @@ class CutBatches(Batches):
 
     parts_an_epoch = 1
 
-    def __init__(
-        self,
-        cuts: CutSet,
-        cache: AudioCache,
-        *,
-        batch_s: float,
-        longest_s: float,
-        seed: int,
-        corrupt: Corruption | None = None,
-    ) -> None:
-        super().__init__(batch_s=batch_s, longest_s=longest_s, seed=seed, corrupt=corrupt)
+    def __init__(self, cuts: CutSet, cache: AudioCache, layout: Layout, corrupt: Corruption | None = None) -> None:
+        super().__init__(layout, corrupt)
         self._cuts, self._cache = cuts, cache
 
     def _cuts_of_part(self, _part: int, /) -> CutSet:
@@ -321,16 +312,8 @@ class SharBatches(Batches):
     hundreds of recordings that were in no particular order.
     """
 
-    def __init__(
-        self,
-        folders: Sequence[Path],
-        *,
-        batch_s: float,
-        longest_s: float,
-        seed: int,
-        corrupt: Corruption | None = None,
-    ) -> None:
-        super().__init__(batch_s=batch_s, longest_s=longest_s, seed=seed, corrupt=corrupt)
+    def __init__(self, folders: Sequence[Path], layout: Layout, corrupt: Corruption | None = None) -> None:
+        super().__init__(layout, corrupt)
         self._shards = [shard for folder in folders for shard in _shards(folder)]
         self._open: tuple[int, dict[str, npt.NDArray[np.int16]]] | None = None
 
@@ -340,7 +323,7 @@ class SharBatches(Batches):
 
     def _shard(self, part: int) -> int:
         epoch, place = divmod(part, len(self._shards))
-        return int(np.random.default_rng((self._seed, epoch)).permutation(len(self._shards))[place])
+        return int(np.random.default_rng((self._layout.seed, epoch)).permutation(len(self._shards))[place])
 
     def _cuts_of_part(self, part: int, /) -> CutSet:
         return CutSet.from_file(self._shards[self._shard(part)][0]).to_eager()

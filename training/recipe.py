@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from training.augment import AugmentRecipe
 from training.batches import SamplingRecipe
@@ -130,28 +131,62 @@ class Recipe(_Strict):
     loss: LossRecipe = LossRecipe()
     # A student that `sotto distil` taught (its edge.pt), to begin with; heads begin anew.
     init: Path | None = None
+    # What is trained first, of the same shape and labels; this recipe goes on from its averaged weights.
+    # In a file, the path of that recipe.
+    after: Recipe | None = None
     hints: HintsRecipe | None = None
     voices: VoicesRecipe | None = None
 
+    @model_validator(mode="after")
+    def _begins_in_one_way(self) -> Recipe:
+        if self.init is not None and self.after is not None:
+            raise ValueError("init and after cannot both be given")
+        return self
+
+    def decided(self) -> dict[str, Any]:
+        """Everything but where the data and teachers lie."""
+        own = self.model_dump(
+            mode="json", exclude={"data": {"root"}, "hints": {"teacher"}, "voices": {"python"}, "after": True}
+        )
+        return {**own, "after": self.after and self.after.decided()}
+
     def digest(self) -> str:
-        """SHA-256 over what was decided; where the data lies does not count."""
-        decided = self.model_dump_json(exclude={"data": {"root"}, "hints": {"teacher"}, "voices": {"python"}})
-        return hashlib.sha256(decided.encode()).hexdigest()
+        """SHA-256 over what was decided."""
+        return hashlib.sha256(json.dumps(self.decided(), sort_keys=True).encode()).hexdigest()
+
+    def says_the_same(self, stored: dict[str, Any]) -> bool:
+        """Whether `stored`, a recipe that may have been written before some of its settings existed, decides
+        the same: those had their defaults then."""
+        try:
+            return Recipe.model_validate(stored).decided() == self.decided()
+        except ValidationError:
+            return False
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read a recipe of `sotto train`; a relative data root is taken from the working directory. Raises RecipeError."""
+    """Read a recipe of `sotto train`; relative paths are taken from the working directory. Raises RecipeError."""
     return read_recipe(path, Recipe)
 
 
 def read_recipe(path: Path, kind: type[RecipeT]) -> RecipeT:
     """Read a recipe of any kind. Raises RecipeError, naming each field that is wrong."""
     try:
-        return kind.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return kind.model_validate(_content(path, ()))
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        raise RecipeError(f"{path}:\n" + "\n".join(lines)) from error
+
+
+def _content(path: Path, above: tuple[Path, ...]) -> Any:
+    """What the file says, with the file that it comes after in place. Raises RecipeError."""
+    if path.resolve() in above:
+        raise RecipeError(f"{path} comes after itself")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not YAML: {error}") from error
-    except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
-        raise RecipeError(f"{path}:\n" + "\n".join(lines)) from error
+    if isinstance(content, dict) and isinstance(content.get("after"), str):
+        content["after"] = _content(Path(content["after"]), (*above, path.resolve()))
+    return content

@@ -80,8 +80,11 @@ def prepare(recipe: Recipe, cache_folder: Path) -> Prepared:
 def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int | None = None) -> Path:
     """Train, or go on training, and return the run folder. `stop_after` ends early at that step.
 
-    Raises RunError when `folder` holds a run of another recipe.
+    What the recipe comes after is trained first, in `folder`/before. Raises RunError when `folder` holds a
+    run of another recipe.
     """
+    if recipe.after is not None:
+        train(recipe.after, folder / "before", cache_folder)
     prepared = prepare(recipe, cache_folder)
     clips = [clip.path for clip in prepared.training]
     hints = voices = None
@@ -110,10 +113,12 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int |
     # Channels last is what the CPU's bfloat16 kernels want; it changes speed, not results' meaning.
     student = student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
     heads = TrainingHeads(recipe, max(1, source.speaker_classes))
+    if recipe.after is not None:
+        go_on_from(folder / "before", prepared.labels, student, heads)
     optimizer = _optimizer(recipe, [student, heads])
     average = {name: value.detach().clone() for name, value in student.state_dict().items()}
     _write_run_file(recipe, folder, prepared, source, student)
-    done = _restore(folder, recipe, student, heads, optimizer, average)
+    done = _restore(folder, student, heads, optimizer, average)
     last = min(recipe.schedule.steps, stop_after or recipe.schedule.steps)
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done)
     with training_progress() as progress:
@@ -128,7 +133,7 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int |
                     writer.add_scalar(f"loss/{name}", value, step)
             finished = step + 1
             if finished % recipe.schedule.checkpoint_every == 0 or finished == last:
-                _save(folder, recipe, finished, student, heads, optimizer, average)
+                _save(folder, finished, student, heads, optimizer, average)
                 checkpoints = finished // recipe.schedule.checkpoint_every
                 if prepared.monitor and checkpoints % MONITOR_EVERY_CHECKPOINTS == 0:
                     seen = watch(_averaged(recipe, prepared, average), prepared)
@@ -157,6 +162,21 @@ def begin_with(student: Edge, weights: Path) -> None:
             "give both recipes the same shape"
         )
     student.load_state_dict({name: given[name] for name in wanted}, strict=False)
+
+
+def go_on_from(before: Path, labels: list[str], student: Edge, heads: TrainingHeads) -> None:
+    """Take over the averaged weights of a finished run, and those of its heads that are of the same size here.
+
+    Raises RunError.
+    """
+    given, run = load_student(before)
+    if run["labels"] != labels or given.shape != student.shape:
+        raise RunError(f"the run in {before} has other keywords or another shape; its recipe's data must be the same")
+    student.load_state_dict(given.state_dict())
+    own = heads.state_dict()
+    centres = torch.load(before / "last.pt", weights_only=True)["heads"]
+    taken = {name: value for name, value in centres.items() if name in own and own[name].shape == value.shape}
+    heads.load_state_dict(taken, strict=False)
 
 
 def load_student(folder: Path) -> tuple[Edge, dict[str, Any]]:
@@ -248,7 +268,6 @@ def _averaged(recipe: Recipe, prepared: Prepared, average: dict[str, torch.Tenso
 
 def _save(
     folder: Path,
-    recipe: Recipe,
     step: int,
     student: Edge,
     heads: TrainingHeads,
@@ -257,7 +276,6 @@ def _save(
 ) -> None:
     partial = folder / "last.partial"
     state = {
-        "recipe": recipe.digest(),
         "step": step,
         "student": student.state_dict(),
         "heads": heads.state_dict(),
@@ -270,7 +288,6 @@ def _save(
 
 def _restore(
     folder: Path,
-    recipe: Recipe,
     student: Edge,
     heads: TrainingHeads,
     optimizer: torch.optim.Optimizer,
@@ -280,8 +297,6 @@ def _restore(
     if not path.is_file():
         return 0
     state = torch.load(path, weights_only=True)
-    if state["recipe"] != recipe.digest():
-        raise RunError(f"{folder} holds a run of another recipe; give --run another folder")
     student.load_state_dict(state["student"])
     heads.load_state_dict(state["heads"])
     optimizer.load_state_dict(state["optimizer"])
@@ -295,7 +310,7 @@ def _write_run_file(recipe: Recipe, folder: Path, prepared: Prepared, source: Ba
     path = folder / "run.json"
     if path.is_file():
         begun = json.loads(path.read_text(encoding="utf-8"))
-        if begun["recipe_digest"] != recipe.digest():
+        if not recipe.says_the_same(begun["recipe"]):
             raise RunError(f"{folder} holds a run of another recipe; give --run another folder")
         if begun["data"] != digest_data(prepared.data):
             raise RunError(f"the data changed since {folder} was begun; give --run another folder")

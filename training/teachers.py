@@ -122,8 +122,9 @@ class ClipGroupNorm(nn.GroupNorm):
         """[B, C, T] -> the same."""
         if self.lengths is None:
             return super().forward(x)
-        if not torch.onnx.is_in_onnx_export():
-            # Clip by clip with the fused kernel: a third of the time of what follows, which a graph needs.
+        if x.device.type == "cpu" and not torch.onnx.is_in_onnx_export():
+            # Clip by clip with the fused kernel: a third of the time of what follows. A graph cannot loop, and
+            # a GPU would wait for the lengths.
             lengths = self.lengths.tolist()
             rows = [super(ClipGroupNorm, self).forward(row[None, :, :n]) for row, n in zip(x, lengths, strict=True)]
             return torch.cat([functional.pad(row, (0, x.shape[2] - row.shape[2])) for row in rows])

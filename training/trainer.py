@@ -302,8 +302,9 @@ def _claim(job: Job[Any]) -> None:
     path = job.folder / "run.json"
     identity = json.loads(json.dumps({**job.identity, "seed": job.seed, "schedule": job.schedule.model_dump()}))
     if path.is_file():
-        stored = json.loads(path.read_text(encoding="utf-8"))["identity"]
-        if not _is_same_run(job, stored, identity):
+        # `sotto train` keeps a run.json of its own, without an identity.
+        stored = json.loads(path.read_text(encoding="utf-8")).get("identity")
+        if stored is None or not _is_same_run(job, stored, identity):
             raise RunError(f"{job.folder} holds a run of something else; give --run another folder")
         return
     run = {
@@ -320,7 +321,7 @@ def _claim(job: Job[Any]) -> None:
 
 
 def _is_same_run(job: Job[Any], stored: dict[str, Any], identity: dict[str, Any]) -> bool:
-    if job.same_recipe is None or not job.same_recipe(stored["recipe"]):
+    if job.same_recipe is None or "recipe" not in stored or not job.same_recipe(stored["recipe"]):
         return stored == identity
     rest, own = ({**one, "recipe": None, "schedule": None} for one in (stored, identity))
     return rest == own and Schedule.model_validate(stored["schedule"]) == job.schedule

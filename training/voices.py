@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from training.beside import run_beside
 from training.errors import TeacherError
 
 WIDTH = 256
@@ -66,17 +66,11 @@ class VoiceHead(nn.Module):
 
 
 def _embed(paths: Sequence[Path], kept: Path, python: Path) -> None:
-    if not python.exists():
-        raise TeacherError(f"{python} does not exist; `make peers` makes it, with Resemblyzer in it")
     kept.parent.mkdir(parents=True, exist_ok=True)
     listed, partial = kept.with_suffix(".paths.json"), kept.with_suffix(".partial.npy")
     listed.write_text(json.dumps([str(path) for path in paths]), encoding="utf-8")
     script = Path(__file__).with_name("resemblyzer_teacher.py")
-    done = subprocess.run(
-        [str(python), str(script), str(listed), str(partial)], capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        raise TeacherError(f"Resemblyzer failed:\n{done.stderr[-2000:]}")
+    run_beside(python, script, listed, partial, failure=TeacherError)
     vectors = np.load(partial)
     if vectors.shape != (len(paths), WIDTH) or not bool(torch.from_numpy(vectors).isfinite().all()):
         raise TeacherError(f"Resemblyzer gave {vectors.shape}, wanted {len(paths)} vectors of {WIDTH} numbers")

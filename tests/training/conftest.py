@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from model_store import Manifest
+from tests.training.chain import Chain, distil_recipe, pretrain_recipe
 from tests.training.made_data import tiny_recipe, write_data
 from training import run as run_module
+from training.distil import distil
 from training.export import export
+from training.pretrain import pretrain
 from training.recipe import Recipe
 
 
@@ -47,7 +50,7 @@ def train_tiny(recipe: Recipe, folder: Path, cache: Path) -> TinyRun:
     step = run_module._step
 
     def noted(*arguments: object) -> dict[str, float]:
-        terms = step(*arguments)  # type: ignore[arg-type]
+        terms = step(*arguments)  # type: ignore[arg-type]  # whatever they are, they are handed on
         losses.append(terms["total"])
         return terms
 
@@ -82,6 +85,15 @@ def made_draft(made_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> t
     """The draft exported from `made_run`; for reading only."""
     folder = tmp_path_factory.mktemp("made-draft")
     return folder, export(made_run.folder, folder, name="tiny")
+
+
+@pytest.fixture(scope="session")
+def chain(made_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """Made with the recipes of `chain.py`; for reading only."""
+    work = tmp_path_factory.mktemp("chain")
+    teacher = pretrain(pretrain_recipe(made_data), work / "teacher", work / "cache")
+    distilled = distil(distil_recipe(made_data), work / "distilled", work / "cache", teacher=str(teacher))
+    return Chain(made_data, work / "cache", teacher, distilled)
 
 
 @pytest.fixture(params=["made", "shared"])

@@ -159,6 +159,9 @@ def test_corruption_leaves_the_speech_it_was_given() -> None:
 
 
 @pytest.mark.parametrize("length", [500, 3000, 20_000, 40_000])
-def test_noise_is_as_long_as_asked(length: int) -> None:
+def test_noise_is_as_long_as_asked_and_never_silent(length: int) -> None:
     source = augmenter(AugmentRecipe())
-    assert all(len(source.noise(length, np.random.default_rng(seed))) == length for seed in range(10))
+    for seed in range(10):
+        noise = source.noise(length, np.random.default_rng(seed))
+        assert len(noise) == length
+        assert noise.any()

@@ -14,9 +14,21 @@ from typer.testing import CliRunner
 
 from training.audio_cache import AudioCache, decode
 from training.cli import app
-from training.cuts import AudioRecipe, Corruption, CorruptionRecipe, CutBatches, SharBatches, Waves, write_shar
+from training.cuts import (
+    AudioRecipe,
+    Corruption,
+    CorruptionRecipe,
+    CutBatches,
+    Layout,
+    SharBatches,
+    Waves,
+    digest_shar,
+    write_shar,
+)
 from training.errors import ManifestError
 from training.manifest import Recording, read_data
+
+LAYOUT = Layout(batch_s=8.0, longest_s=4.0, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +42,7 @@ def shards(made_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_shards_hold_every_recording_as_it_was(made_data: Path, shards: Path) -> None:
     clips = {clip.key: clip for clip in read_data(made_data).split("train")}
-    source = SharBatches([shards], batch_s=8.0, longest_s=4.0, seed=1)
+    source = SharBatches([shards], LAYOUT)
     names = []
     for batch in source.epoch():
         names += batch.names
@@ -42,8 +54,8 @@ def test_shards_hold_every_recording_as_it_was(made_data: Path, shards: Path) ->
 
 
 def test_a_batch_of_shards_is_a_function_of_its_number(shards: Path) -> None:
-    one, other = (SharBatches([shards], batch_s=8.0, longest_s=4.0, seed=1) for _ in range(2))
-    epoch = sum(1 for _ in SharBatches([shards], batch_s=8.0, longest_s=4.0, seed=1).epoch())
+    one, other = (SharBatches([shards], LAYOUT) for _ in range(2))
+    epoch = sum(1 for _ in SharBatches([shards], LAYOUT).epoch())
     numbers = (epoch + 3, 0, 7)
     found = {number: one[number] for number in numbers}
     for number in sorted(numbers):
@@ -54,7 +66,7 @@ def test_a_batch_of_shards_is_a_function_of_its_number(shards: Path) -> None:
 
 
 def test_one_shard_is_open_at_a_time(shards: Path) -> None:
-    source = SharBatches([shards], batch_s=8.0, longest_s=4.0, seed=1)
+    source = SharBatches([shards], LAYOUT)
     shard_of = {
         cut: number
         for number, path in enumerate(sorted(shards.glob("cuts.*")))
@@ -69,12 +81,12 @@ def test_one_shard_is_open_at_a_time(shards: Path) -> None:
 def test_shards_of_several_folders_are_heard(made_data: Path, shards: Path, tmp_path: Path) -> None:
     few = read_data(made_data).split("dev")
     write_shar(few, tmp_path / "more")
-    source = SharBatches([shards, tmp_path / "more"], batch_s=8.0, longest_s=4.0, seed=1)
+    source = SharBatches([shards, tmp_path / "more"], LAYOUT)
     assert {clip.key for clip in few} < {name for batch in source.epoch() for name in batch.names}
 
 
 def test_long_recordings_come_out_of_shards_in_windows(shards: Path) -> None:
-    batch = SharBatches([shards], batch_s=4.0, longest_s=0.4, seed=1)[0]
+    batch = SharBatches([shards], Layout(4.0, 0.4, seed=1))[0]
     assert int(batch.lengths.max()) <= 0.4 * 16_000
     assert any(batch.starts)
 
@@ -86,14 +98,14 @@ def test_shards_are_not_written_over(made_data: Path, shards: Path) -> None:
 
 def test_a_folder_without_shards_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="holds no shards"):
-        SharBatches([tmp_path], batch_s=8.0, longest_s=4.0, seed=1)
+        SharBatches([tmp_path], LAYOUT)
 
 
 def test_a_missing_archive_is_named(made_data: Path, tmp_path: Path) -> None:
     write_shar(read_data(made_data).split("dev"), tmp_path / "out")
     (tmp_path / "out/recording.000000.tar").unlink()
     with pytest.raises(ManifestError, match=r"recording\.000000\.tar is not there"):
-        SharBatches([tmp_path / "out"], batch_s=8.0, longest_s=4.0, seed=1)
+        SharBatches([tmp_path / "out"], LAYOUT)
 
 
 def test_a_damaged_archive_is_named(made_data: Path, tmp_path: Path) -> None:
@@ -101,7 +113,15 @@ def test_a_damaged_archive_is_named(made_data: Path, tmp_path: Path) -> None:
     archive = tmp_path / "out/recording.000000.tar"
     archive.write_bytes(archive.read_bytes()[: archive.stat().st_size // 2])
     with pytest.raises(ManifestError, match=r"recording\.000000\.tar is damaged"):
-        SharBatches([tmp_path / "out"], batch_s=8.0, longest_s=4.0, seed=1)[0]
+        SharBatches([tmp_path / "out"], LAYOUT)[0]
+
+
+def test_folders_of_one_name_are_told_apart(shards: Path, made_data: Path, tmp_path: Path) -> None:
+    other = tmp_path / shards.name
+    write_shar(read_data(made_data).split("dev"), other)
+    digests = digest_shar([shards, other])
+    assert len(set(digests.values())) == len(digests) == 2
+    assert digests != digest_shar([shards, shards])
 
 
 def recipe(data: Path, **changes: object) -> AudioRecipe:
@@ -112,7 +132,7 @@ def test_a_recipe_hears_shards_and_watches_its_own_fold(made_data: Path, shards:
     source, watched, digests = recipe(made_data, shar=(shards,)).sources(tmp_path)
     assert isinstance(source, SharBatches)
     assert isinstance(watched, CutBatches)
-    assert len(digests[f"shar/{shards.name}"]) == 64
+    assert len(digests[f"shar/0/{shards.name}"]) == 64
     assert digests != recipe(made_data).sources(tmp_path)[2]
 
 

@@ -8,9 +8,7 @@ import pytest
 import torch
 from transformers import HubertModel
 
-from tests.training.test_finetune import distil_recipe
-from tests.training.test_pretrain import TINY
-from tests.training.test_pretrain import recipe as pretrain_recipe
+from tests.training.chain import TEACHER_SHAPE, distil_recipe, pretrain_recipe
 from training.cuts import Waves
 from training.distil import distil
 from training.feature_cache import CachedTeacher
@@ -23,7 +21,7 @@ PLENTY = 10**9
 @pytest.fixture
 def teacher() -> Teacher:
     torch.manual_seed(0)
-    return Teacher(HubertModel(TeacherShape.model_validate(TINY).config()), normalise=True)
+    return Teacher(HubertModel(TeacherShape.model_validate(TEACHER_SHAPE).config()), normalise=True)
 
 
 def batch(*names: str) -> Waves:

@@ -6,7 +6,6 @@ Numbers in brackets are the items of checklist 1(e) of the design's recipes.md.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,52 +14,21 @@ from torch import Tensor
 from transformers import HubertConfig, HubertModel
 
 from model_store.inference import open_session
-from tests.training.test_pretrain import recipe as pretrain_recipe
+from tests.training.chain import SCHEDULE, Chain, distil_recipe, tune_recipe
 from training.audio_cache import AudioCache
 from training.augment import AugmentRecipe
 from training.batches import Batch, BatchSource, SamplingRecipe
 from training.calibrate import calibrate
-from training.distil import DistilRecipe, build, distil
+from training.distil import build, distil
 from training.errors import RunError, TeacherError
 from training.evaluation.client import Upload, served
 from training.export import check_graph_equals_network, export
-from training.finetune import FinetuneRecipe, JointFinetuning, finetune, load_joint, trainable
+from training.finetune import JointFinetuning, finetune, load_joint, trainable
 from training.manifest import labels_of, read_data
-from training.pretrain import pretrain, save_teacher
+from training.pretrain import save_teacher
 from training.students.distil import PredictionHeads, student_of
 from training.students.joint import JointModel
 from training.teachers import SelfSupervised, Teacher, load_teacher
-
-SCHEDULE = {"steps": 8, "batch_size": 8, "checkpoint_every": 4, "watch_every": 4, "workers": 0}
-
-
-@dataclass(frozen=True)
-class Chain:
-    """A teacher and a student distilled from it."""
-
-    data: Path
-    cache: Path
-    teacher: Path
-    distilled: Path
-
-
-def distil_recipe(data: Path, **changes: object) -> DistilRecipe:
-    settings = {"name": "d", "data": data, "layers": 1, "targets": (1, 2), "batch_s": 8.0, "fold": 0.1}
-    return DistilRecipe.model_validate({**settings, "schedule": SCHEDULE, **changes})
-
-
-def tune_recipe(data: Path, **changes: object) -> FinetuneRecipe:
-    schedule = {**SCHEDULE, "peak_learning_rate": 3e-3}
-    settings = {"name": "f", "data": data, "speaker_dim": 8, "sampling": {"crop_s": 1.0}, "schedule": schedule}
-    return FinetuneRecipe.model_validate({**settings, **changes})
-
-
-@pytest.fixture(scope="module")
-def chain(made_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    work = tmp_path_factory.mktemp("chain")
-    teacher = pretrain(pretrain_recipe(made_data), work / "teacher", work / "cache")
-    distilled = distil(distil_recipe(made_data), work / "distilled", work / "cache", teacher=str(teacher))
-    return Chain(made_data, work / "cache", teacher, distilled)
 
 
 @pytest.fixture(scope="module")

@@ -119,7 +119,7 @@ class Places:
 
     width = 1
 
-    def at(self, path: Path, samples: npt.NDArray[np.float64]) -> tuple[Floats, npt.NDArray[np.bool_]]:  # noqa: ARG002
+    def at(self, path: Path, samples: npt.NDArray[np.float64]) -> tuple[Floats, npt.NDArray[np.bool_]]:  # noqa: ARG002  as HintCache's
         return samples[:, None].astype(np.float32), np.ones(len(samples), dtype=np.bool_)
 
 
@@ -228,7 +228,7 @@ def test_a_student_learns_from_both_and_keeps_neither_head(
     step = run_module._step
 
     def noted(*arguments: object) -> dict[str, float]:
-        terms.append(step(*arguments))  # type: ignore[arg-type]
+        terms.append(step(*arguments))  # type: ignore[arg-type]  # whatever they are, they are handed on
         return terms[-1]
 
     monkeypatch.setattr(run_module, "_step", noted)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import HubertConfig, HubertModel
+from transformers import HubertModel
 
 from model_store.inference import open_session
-from tests.training.test_finetune import Chain, chain, tune_recipe  # noqa: F401  the fixture
+from tests.training.chain import Chain, tiny_hubert, tune_recipe
 from training.errors import RunError
 from training.export import check_graph_equals_network, export, traced
 from training.finetune import finetune, load_joint, trainable
@@ -35,13 +35,8 @@ from training.teachers import SelfSupervised, load_teacher
 
 @pytest.fixture
 def trunk() -> SelfSupervised:
-    torch.manual_seed(0)
-    config = HubertConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, conv_dim=(8,) * 7,
-        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, hidden_dropout=0.0, attention_dropout=0.0,
-        activation_dropout=0.0, feat_proj_dropout=0.0, layerdrop=0.0, mask_time_prob=0.0,
-    )  # fmt: skip
-    return SelfSupervised(HubertModel(config), normalise=True)
+    still = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "feat_proj_dropout": 0.0}
+    return SelfSupervised(tiny_hubert(**still, layerdrop=0.0), normalise=True)
 
 
 def plain_name(name: str) -> str:
@@ -187,7 +182,7 @@ def test_similarity_is_the_cosine_of_stored_masks() -> None:
 
 
 @pytest.fixture(scope="module")
-def routed(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:  # noqa: F811
+def routed(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Two tasks on one backbone."""
     runs = {}
     for task in ("keywords", "speakers"):
@@ -196,7 +191,7 @@ def routed(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return runs
 
 
-def test_the_backbone_s_weights_stay_as_they_were_to_the_bit(chain: Chain, routed: dict[str, Path]) -> None:  # noqa: F811
+def test_the_backbone_s_weights_stay_as_they_were_to_the_bit(chain: Chain, routed: dict[str, Path]) -> None:
     """[1]"""
     original = load_teacher(str(chain.teacher)).model.state_dict()
     state = torch.load(routed["keywords"] / "last.pt", weights_only=True)["stage"]
@@ -209,7 +204,7 @@ def test_the_backbone_s_weights_stay_as_they_were_to_the_bit(chain: Chain, route
     assert compared == len(original)
 
 
-def test_masks_are_learnt(chain: Chain, routed: dict[str, Path]) -> None:  # noqa: F811
+def test_masks_are_learnt(chain: Chain, routed: dict[str, Path]) -> None:
     learnt = load_masks(routed["keywords"] / "masks.safetensors")
     fresh = trainable(str(chain.teacher))
     # Ranks of the weights decide which are off at first.
@@ -219,7 +214,7 @@ def test_masks_are_learnt(chain: Chain, routed: dict[str, Path]) -> None:  # noq
     assert any(not torch.equal(mask, first[name]) for name, mask in learnt.items())
 
 
-def test_two_tasks_share_one_backbone(chain: Chain, routed: dict[str, Path]) -> None:  # noqa: F811
+def test_two_tasks_share_one_backbone(chain: Chain, routed: dict[str, Path]) -> None:
     """[7] A task is its mask and its heads: neither run holds a trunk, and each opens to its own model."""
     models = {}
     for task, run in routed.items():
@@ -233,12 +228,12 @@ def test_two_tasks_share_one_backbone(chain: Chain, routed: dict[str, Path]) -> 
         assert torch.equal(weight, dict(trunk.model.named_modules())[name].weight * mask)
 
 
-def test_a_masked_run_becomes_a_bundle(chain: Chain, routed: dict[str, Path], tmp_path: Path) -> None:  # noqa: F811
+def test_a_masked_run_becomes_a_bundle(chain: Chain, routed: dict[str, Path], tmp_path: Path) -> None:
     manifest = export(routed["keywords"], tmp_path / "draft", name="routed", data_root=chain.data)
     assert manifest.graph.parameters > 0
 
 
-def test_masks_for_another_backbone_are_refused(chain: Chain, tmp_path: Path) -> None:  # noqa: F811
+def test_masks_for_another_backbone_are_refused(chain: Chain, tmp_path: Path) -> None:
     backbone = tmp_path / "backbone"
     backbone.mkdir()
     for file in chain.teacher.iterdir():

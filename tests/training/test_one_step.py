@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import HubertConfig, HubertModel
 
 from model_store.inference import open_session
-from tests.training.test_finetune import Chain, chain, tune_recipe  # noqa: F401  the fixture
+from tests.training.chain import Chain, tiny_hubert, tune_recipe
 from training.audio_cache import AudioCache
 from training.augment import AugmentRecipe
 from training.batches import Batch, BatchSource, SamplingRecipe
@@ -35,12 +35,7 @@ STEPS = 8
 
 @pytest.fixture
 def teacher() -> Teacher:
-    torch.manual_seed(0)
-    config = HubertConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, conv_dim=(8,) * 7,
-        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, mask_time_prob=0.0,
-    )  # fmt: skip
-    return Teacher(HubertModel(config), normalise=True)
+    return Teacher(tiny_hubert(), normalise=True)
 
 
 def model_of(teacher: Teacher, **changes: object) -> JointModel:
@@ -244,7 +239,7 @@ def test_the_graph_is_the_network(teacher: Teacher, kind: str) -> None:
 
 @pytest.mark.parametrize("one_step", [A, B])
 def test_a_run_trains_at_its_rates_and_is_opened_again(
-    chain: Chain,  # noqa: F811
+    chain: Chain,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     one_step: dict[str, object],
@@ -275,7 +270,7 @@ def test_a_run_trains_at_its_rates_and_is_opened_again(
     assert not any("adapter" in name for name in load_teacher(str(folder / "model")).state_dict())
 
 
-def test_heads_of_another_model_are_refused(chain: Chain, tmp_path: Path) -> None:  # noqa: F811
+def test_heads_of_another_model_are_refused(chain: Chain, tmp_path: Path) -> None:
     recipe = tune_recipe(chain.data, tasks=("speakers",), speakers_by="light")
     folder = finetune(recipe, tmp_path / "run", chain.cache, init=str(chain.teacher))
     described = json.loads((folder / "joint.json").read_text())
@@ -285,10 +280,6 @@ def test_heads_of_another_model_are_refused(chain: Chain, tmp_path: Path) -> Non
 
 
 def test_frames_of_another_width_cannot_be_compared_as_they_are(teacher: Teacher) -> None:
-    config = HubertConfig(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, conv_dim=(8,) * 7,
-        num_conv_pos_embedding_groups=4,
-    )  # fmt: skip
-    wide = JointModel(SelfSupervised(HubertModel(config), normalise=True), 3)
+    wide = JointModel(SelfSupervised(tiny_hubert(hidden_size=32, num_hidden_layers=1), normalise=True), 3)
     with pytest.raises(RunError, match="32 channels, 16"):
         OneStep(wide, teacher, OneStepRecipe.model_validate(A), STEPS)

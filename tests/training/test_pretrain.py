@@ -9,33 +9,24 @@ import pytest
 import torch
 from transformers import HubertModel
 
+from tests.training.chain import TEACHER_SHAPE, pretrain_recipe
 from training.audio_cache import AudioCache
-from training.cuts import CutBatches, Waves, cuts_of
+from training.cuts import CutBatches, Layout, Waves, cuts_of
 from training.errors import ManifestError, RunError
 from training.manifest import read_data
 from training.objectives.masked import MaskedPrediction, hide_spans
-from training.pretrain import PretrainRecipe, TeacherShape, pretrain
+from training.pretrain import TeacherShape, pretrain
 from training.students.distil import student_of
 from training.teachers import SelfSupervised, load_teacher
 from training.units import Mfcc, Units
 
-TINY = {"hidden_size": 16, "layers": 2, "heads": 2, "feed_forward": 32, "conv_channels": 8}
+LAYOUT = Layout(batch_s=8.0, longest_s=4.0, seed=1)
 
 
-def recipe(data: Path, **changes: object) -> PretrainRecipe:
-    schedule = {"steps": 6, "checkpoint_every": 2, "watch_every": 3, "workers": 0, "peak_learning_rate": 1e-3}
-    settings = {
-        "name": "tiny", "data": data, "shape": TINY, "batch_s": 8.0, "fold": 0.1,
-        "passes": [{"clusters": 6, "schedule": schedule}, {"clusters": 8, "layer": 1, "schedule": schedule}],
-    }  # fmt: skip
-    return PretrainRecipe.model_validate({**settings, **changes})
-
-
-def batches(data: Path, cache: Path, **changes: float) -> CutBatches:
+def batches(data: Path, cache: Path, layout: Layout = LAYOUT) -> CutBatches:
     clips = read_data(data).split("train")
     decoded = AudioCache.build(cache, [clip.path for clip in clips])
-    settings = {"batch_s": 8.0, "longest_s": 4.0, "seed": 1, **changes}
-    return CutBatches(cuts_of(clips, decoded), decoded, **settings)  # type: ignore[arg-type]
+    return CutBatches(cuts_of(clips, decoded), decoded, layout)
 
 
 def test_an_epoch_holds_every_recording_once(made_data: Path, tmp_path: Path) -> None:
@@ -56,11 +47,11 @@ def test_a_batch_is_a_function_of_its_number(made_data: Path, tmp_path: Path) ->
     for first, second in zip(far, [other[number] for number in (40, 3, 0)], strict=True):
         assert first.names == second.names
         assert torch.equal(first.waveform, second.waveform)
-    assert batches(made_data, tmp_path, seed=2)[0].names != far[2].names
+    assert batches(made_data, tmp_path, Layout(8.0, 4.0, seed=2))[0].names != far[2].names
 
 
 def test_batches_hold_at_most_the_asked_seconds_and_long_clips_come_in_windows(made_data: Path, tmp_path: Path) -> None:
-    source = batches(made_data, tmp_path, batch_s=3.0, longest_s=0.4)
+    source = batches(made_data, tmp_path, Layout(3.0, 0.4, seed=1))
     batch = source[0]
     assert int(batch.lengths.sum()) <= 3.0 * 16_000 + 8000
     assert int(batch.lengths.max()) <= 0.4 * 16_000
@@ -69,11 +60,11 @@ def test_batches_hold_at_most_the_asked_seconds_and_long_clips_come_in_windows(m
 
 def test_nothing_long_enough_is_said(made_data: Path, tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="no recording"):
-        batches(made_data, tmp_path, longest_s=0.05)[0]
+        batches(made_data, tmp_path, Layout(8.0, 0.05, seed=1))[0]
 
 
 def test_mfcc_has_a_frame_for_each_of_the_cnn_s() -> None:
-    trunk = SelfSupervised(HubertModel(TeacherShape.model_validate(TINY).config()), normalise=False)
+    trunk = SelfSupervised(HubertModel(TeacherShape.model_validate(TEACHER_SHAPE).config()), normalise=False)
     for samples in (400, 719, 720, 16_000, 23_456):
         assert Mfcc()(torch.randn(1, samples), torch.tensor([samples])).shape == (1, trunk.frames(samples), 39)
 
@@ -98,7 +89,7 @@ def test_units_are_the_nearest_centres() -> None:
 def test_only_hidden_frames_are_asked_for_and_what_was_there_is_not_seen() -> None:
     """Changing the audio under a hidden frame alone must not change the model's input there."""
     torch.manual_seed(0)
-    trunk = SelfSupervised(HubertModel(TeacherShape.model_validate(TINY).config()), normalise=False).eval()
+    trunk = SelfSupervised(HubertModel(TeacherShape.model_validate(TEACHER_SHAPE).config()), normalise=False).eval()
     hidden = torch.zeros(1, 49, dtype=torch.bool)
     hidden[0, 10:20] = True
     wave = torch.randn(1, 16_000)
@@ -112,7 +103,7 @@ def test_only_hidden_frames_are_asked_for_and_what_was_there_is_not_seen() -> No
 def test_the_loss_is_the_paper_s() -> None:
     """All units equal in similarity: the loss is log C. The right one at cosine 1, others at -1: near 0."""
     torch.manual_seed(0)
-    trunk = SelfSupervised(HubertModel(TeacherShape.model_validate(TINY).config()), normalise=False)
+    trunk = SelfSupervised(HubertModel(TeacherShape.model_validate(TEACHER_SHAPE).config()), normalise=False)
     batch = Waves(torch.randn(2, 16_000), torch.tensor([16_000, 9000]))
     units = Units(np.zeros((1, 39), dtype=np.float32))
     stage = MaskedPrediction(trunk, 4, units, span=10, share=0.8)
@@ -140,7 +131,7 @@ def test_units_depend_neither_on_the_level_nor_on_padding() -> None:
 
 def test_visible_frames_weigh_what_the_recipe_says() -> None:
     torch.manual_seed(0)
-    trunk = SelfSupervised(HubertModel(TeacherShape.model_validate(TINY).config()), normalise=False).eval()
+    trunk = SelfSupervised(HubertModel(TeacherShape.model_validate(TEACHER_SHAPE).config()), normalise=False).eval()
     batch = Waves(torch.randn(2, 16_000), torch.tensor([16_000, 9000]))
     units = Units(np.random.default_rng(0).standard_normal((4, 39)).astype(np.float32))
 
@@ -160,8 +151,8 @@ def test_visible_frames_weigh_what_the_recipe_says() -> None:
 def test_bands_stand_in_for_the_cnn_frame_by_frame() -> None:
     """As many frames as the CNN's, none of which depends on padding."""
     torch.manual_seed(0)
-    trunk = TeacherShape.model_validate({**TINY, "mel": True, "pre_norm": True}).untrained().eval()
-    plain = TeacherShape.model_validate(TINY).untrained()
+    trunk = TeacherShape.model_validate({**TEACHER_SHAPE, "mel": True, "pre_norm": True}).untrained().eval()
+    plain = TeacherShape.model_validate(TEACHER_SHAPE).untrained()
     assert (trunk.reach, trunk.hop) == (plain.reach, plain.hop)
     wave = 0.1 * torch.randn(2, 16_000)
     for count in (400, 719, 720, 9000, 16_000):
@@ -173,9 +164,10 @@ def test_bands_stand_in_for_the_cnn_frame_by_frame() -> None:
 
 
 def test_a_teacher_of_bands_comes_back_through_the_teachers_door(made_data: Path, tmp_path: Path) -> None:
-    folder = pretrain(recipe(made_data, shape={**TINY, "mel": True}), tmp_path / "run", tmp_path / "cache")
+    shape = {**TEACHER_SHAPE, "mel": True}
+    folder = pretrain(pretrain_recipe(made_data, shape=shape), tmp_path / "run", tmp_path / "cache")
     state = torch.load(tmp_path / "run/pass-2/last.pt", weights_only=True)["stage"]
-    trained = TeacherShape.model_validate({**TINY, "mel": True}).untrained().eval()
+    trained = TeacherShape.model_validate(shape).untrained().eval()
     trained.load_state_dict({name[6:]: value for name, value in state.items() if name.startswith("trunk.")})
     wave, lengths = 0.1 * torch.randn(1, 16_000), torch.tensor([16_000])
     loaded = load_teacher(str(folder))
@@ -187,14 +179,14 @@ def test_a_teacher_of_bands_comes_back_through_the_teachers_door(made_data: Path
 def test_a_pass_may_go_on_with_the_weights_of_the_one_before(made_data: Path, tmp_path: Path) -> None:
     schedule = {"steps": 1, "workers": 0, "peak_learning_rate": 1e-6}
     passes = [{"clusters": 6, "schedule": schedule}, {"clusters": 6, "layer": 1, "begin": "on", "schedule": schedule}]
-    last = pretrain(recipe(made_data, passes=passes), tmp_path / "run", tmp_path / "cache")
+    last = pretrain(pretrain_recipe(made_data, passes=passes), tmp_path / "run", tmp_path / "cache")
     first = load_teacher(str(tmp_path / "run/pass-1/model")).state_dict()
     second = load_teacher(str(last)).state_dict()
     assert all(torch.allclose(value, second[name], atol=1e-4) for name, value in first.items())
 
 
 def test_two_passes_make_a_teacher_that_loads_like_any_other(made_data: Path, tmp_path: Path) -> None:
-    folder = pretrain(recipe(made_data), tmp_path / "run", tmp_path / "cache")
+    folder = pretrain(pretrain_recipe(made_data), tmp_path / "run", tmp_path / "cache")
     teacher = load_teacher(str(folder))
     assert (teacher.layers, teacher.width, teacher.hop) == (2, 16, 320)
     assert teacher(torch.randn(1, 16_000), torch.tensor([16_000])).hidden[-1].shape == (1, 49, 16)
@@ -204,9 +196,9 @@ def test_two_passes_make_a_teacher_that_loads_like_any_other(made_data: Path, tm
 
 
 def test_an_interrupted_pretraining_ends_with_the_same_teacher(made_data: Path, tmp_path: Path) -> None:
-    whole = pretrain(recipe(made_data), tmp_path / "whole", tmp_path / "cache")
-    assert pretrain(recipe(made_data), tmp_path / "parts", tmp_path / "cache", stop_after=3).name == "pass-1"
-    parts = pretrain(recipe(made_data), tmp_path / "parts", tmp_path / "cache")
+    whole = pretrain(pretrain_recipe(made_data), tmp_path / "whole", tmp_path / "cache")
+    assert pretrain(pretrain_recipe(made_data), tmp_path / "parts", tmp_path / "cache", stop_after=3).name == "pass-1"
+    parts = pretrain(pretrain_recipe(made_data), tmp_path / "parts", tmp_path / "cache")
     one, other = load_teacher(str(whole)).state_dict(), load_teacher(str(parts)).state_dict()
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
@@ -214,7 +206,7 @@ def test_an_interrupted_pretraining_ends_with_the_same_teacher(made_data: Path, 
 def test_clusters_of_a_layer_need_a_pass_before(made_data: Path, tmp_path: Path) -> None:
     only = [{"clusters": 4, "layer": 1, "schedule": {"steps": 1}}]
     with pytest.raises(RunError, match="no model before it"):
-        pretrain(recipe(made_data, passes=only), tmp_path / "run", tmp_path / "cache")
+        pretrain(pretrain_recipe(made_data, passes=only), tmp_path / "run", tmp_path / "cache")
 
 
 def test_the_default_shape_is_hubert_base() -> None:

@@ -123,6 +123,43 @@ def test_digest_changes_with_everything_else(path: str, value: object) -> None:
     assert Recipe.model_validate(changed(path, value)).digest() != Recipe.model_validate(LEAST).digest()
 
 
+def after(folder: Path, first: dict[str, Any]) -> Path:
+    """A recipe that comes after `first`."""
+    (folder / "first.yaml").write_text(yaml.safe_dump(first))
+    (folder / "second.yaml").write_text(yaml.safe_dump({**LEAST, "after": str(folder / "first.yaml")}))
+    return folder / "second.yaml"
+
+
+def test_digest_covers_what_was_trained_first(tmp_path: Path) -> None:
+    digests = {
+        load_recipe(after(tmp_path, first)).digest()
+        for first in (LEAST, changed("schedule.steps", 11), changed("data.root", "there"))
+    }
+    assert len(digests) == 2
+    assert load_recipe(after(tmp_path, LEAST)).digest() != Recipe.model_validate(LEAST).digest()
+
+
+def test_mistakes_in_what_comes_first_are_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"after\.schedule\.steps: "):
+        load_recipe(after(tmp_path, changed("schedule.steps", 0)))
+    with pytest.raises(RecipeError, match="comes after itself"):
+        load_recipe(after(tmp_path, {**LEAST, "after": str(tmp_path / "second.yaml")}))
+    assert "cannot both be given" in refused(tmp_path, yaml.safe_dump({**LEAST, "init": "edge.pt", "after": LEAST}))
+
+
+@pytest.mark.parametrize(
+    ("stored", "same"),
+    [
+        (LEAST, True),
+        (changed("data.root", "there"), True),
+        (changed("schedule.steps", 11), False),
+        (changed("schedule.oops", 11), False),
+    ],
+)
+def test_an_older_recipe_is_compared_with_defaults_filled_in(stored: dict[str, Any], same: bool) -> None:
+    assert Recipe.model_validate(LEAST).says_the_same(stored) is same
+
+
 def test_recipe_survives_the_run_file() -> None:
     recipe = Recipe.model_validate(changed("augment.speeds", [0.9, 1.0]))
     assert Recipe.model_validate(recipe.model_dump(mode="json")).digest() == recipe.digest()

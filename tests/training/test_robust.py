@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import HubertConfig, HubertModel
 
+from tests.training.chain import tiny_hubert
 from training.cuts import Waves
 from training.distil import DistilRecipe, build, distil
 from training.errors import TeacherError
@@ -23,12 +23,7 @@ HEAD = {"hidden": 8, "layers": 1, "dropout": 0.0}
 
 @pytest.fixture(scope="module")
 def teacher() -> Teacher:
-    torch.manual_seed(0)
-    config = HubertConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, conv_dim=(8,) * 7,
-        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, mask_time_prob=0.0,
-    )  # fmt: skip
-    return Teacher(HubertModel(config), normalise=True)
+    return Teacher(tiny_hubert(), normalise=True)
 
 
 def recipe(data: Path, **changes: object) -> DistilRecipe:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -201,3 +202,50 @@ def test_a_student_that_does_not_fit_is_refused(made_data: Path, tmp_path: Path,
     recipe = tiny_recipe(made_data).model_copy(update={"init": tmp_path / "edge.pt"})
     with pytest.raises(RunError, match=r"another shape|does not load"):
         train(recipe, tmp_path / "run", tmp_path / "cache")
+
+
+def test_a_recipe_goes_on_from_the_one_it_comes_after(made_run: TinyRun, tmp_path: Path) -> None:
+    """After one step at a rate of nearly nothing the weights are those of the first run, heads' included."""
+    schedule = {"steps": 1, "peak_learning_rate": 1e-9, "warmup_steps": 1, "average_decay": 0.0}
+    recipe = made_run.recipe.model_copy(
+        update={"after": made_run.recipe, "schedule": made_run.recipe.schedule.model_copy(update=schedule)}
+    )
+    shutil.copytree(made_run.folder, tmp_path / "run/before")
+    train(recipe, tmp_path / "run", made_run.cache)
+    first, second = (
+        torch.load(folder / "student.pt", weights_only=True) for folder in (made_run.folder, tmp_path / "run")
+    )
+    learnt = [name for name, _ in load_student(tmp_path / "run")[0].named_parameters()]
+    assert any(name.startswith("keyword_head.") for name in learnt)
+    assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in learnt)
+    centres = [
+        torch.load(folder / "last.pt", weights_only=True)["heads"]["angular.weight"]
+        for folder in (made_run.folder, tmp_path / "run")
+    ]
+    assert torch.allclose(*centres, atol=1e-5)
+
+
+def test_what_a_recipe_comes_after_is_trained_first(made_data: Path, tmp_path: Path) -> None:
+    first = tiny_recipe(made_data, steps=2)
+    train(first.model_copy(update={"after": first}), tmp_path / "run", tmp_path / "cache")
+    before, _ = load_student(tmp_path / "run/before")
+    after, run = load_student(tmp_path / "run")
+    assert run["recipe"]["after"]["schedule"]["steps"] == 2
+    assert any(not torch.equal(before.state_dict()[name], value) for name, value in after.state_dict().items())
+
+
+def test_a_student_of_another_shape_is_not_gone_on_with(made_run: TinyRun, tmp_path: Path) -> None:
+    shutil.copytree(made_run.folder, tmp_path / "run/before")
+    wider = replace(made_run.recipe.shape, speaker_dim=24)
+    recipe = made_run.recipe.model_copy(update={"after": made_run.recipe, "shape": wider})
+    with pytest.raises(RunError, match="another shape"):
+        train(recipe, tmp_path / "run", made_run.cache)
+
+
+def test_a_run_begun_before_a_setting_existed_goes_on(made_run: TinyRun, tmp_path: Path) -> None:
+    shutil.copytree(made_run.folder, tmp_path / "run")
+    path = tmp_path / "run/run.json"
+    run = json.loads(path.read_text())
+    del run["recipe"]["after"], run["recipe"]["sampling"]["trim_s"]
+    path.write_text(json.dumps({**run, "recipe_digest": "of another form"}))
+    assert train(made_run.recipe, tmp_path / "run", made_run.cache) == tmp_path / "run"

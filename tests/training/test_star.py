@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import HubertConfig, HubertModel
+from transformers import HubertModel
 
+from tests.training.chain import tiny_hubert
 from training.cuts import Waves
 from training.distil import DistilRecipe, build
 from training.errors import TeacherError
@@ -33,12 +34,8 @@ SCHEDULE = {"steps": 4, "workers": 0}
 
 @pytest.fixture(scope="module")
 def teacher() -> Teacher:
-    torch.manual_seed(0)
-    config = HubertConfig(
-        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, conv_dim=(12,) * 7,
-        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, mask_time_prob=0.0,
-    )  # fmt: skip
-    return Teacher(HubertModel(config), normalise=True)
+    shape = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+    return Teacher(tiny_hubert(**shape, conv_dim=(12,) * 7), normalise=True)
 
 
 @pytest.fixture

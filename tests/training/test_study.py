@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.training.test_finetune import distil_recipe, tune_recipe
-from tests.training.test_pretrain import recipe as pretrain_recipe
+from tests.training.chain import distil_recipe, pretrain_recipe, tune_recipe
 from training.errors import RecipeError
 from training.evaluation.page import comparison, table, write_page
 from training.evaluation.report import Figure

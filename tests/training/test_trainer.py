@@ -194,6 +194,16 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
         fit(job(tmp_path / "run", SCHEDULE.model_copy(update={"steps": 13})))
 
 
+def test_a_folder_that_sotto_train_made_is_refused(tmp_path: Path) -> None:
+    """Its run.json has no identity."""
+    (tmp_path / "run").mkdir()
+    begun = recipe(made_data=tmp_path)
+    for run in ({"recipe": {}}, {"identity": {}}):
+        (tmp_path / "run/run.json").write_text(json.dumps(run))
+        with pytest.raises(RunError, match="something else"):
+            fit(replace(job(tmp_path / "run"), same_recipe=begun.says_the_same))
+
+
 def test_a_run_begun_before_a_setting_existed_goes_on(tmp_path: Path) -> None:
     """What is not in its run.json had its default; other defaults or values are another run."""
     begun = recipe(made_data=tmp_path)

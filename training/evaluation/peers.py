@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from training.beside import run_beside
 from training.errors import MeasurementError
 from training.evaluation.tasks import Trials
 
@@ -19,17 +19,11 @@ DEFAULT_PEERS_PYTHON = Path(".venv-peers/bin/python")
 
 def resemblyzer_scores(plans: Sequence[Trials], python: Path) -> list[npt.NDArray[np.float64]]:
     """Cosines shaped like each plan's `llr`. Raises MeasurementError."""
-    if not python.exists():
-        raise MeasurementError(f"{python} does not exist; `make peers` makes it")
     with tempfile.TemporaryDirectory() as folder:
         plan_file, score_file = Path(folder, "plan.json"), Path(folder, "scores.npz")
         plan_file.write_text(json.dumps([_plain(plan) for plan in plans]), encoding="utf-8")
         script = Path(__file__).with_name("resemblyzer_peer.py")
-        done = subprocess.run(
-            [str(python), str(script), str(plan_file), str(score_file)], capture_output=True, text=True, check=False
-        )
-        if done.returncode != 0:
-            raise MeasurementError(f"Resemblyzer failed:\n{done.stderr[-2000:]}")
+        run_beside(python, script, plan_file, score_file, failure=MeasurementError)
         with np.load(score_file) as scores:
             return [scores[plan.corpus].astype(np.float64) for plan in plans]
 
