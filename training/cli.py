@@ -169,7 +169,7 @@ def study(
             data_root=data,
             split=split,
             command="sotto " + " ".join(sys.argv[1:]),
-            say=lambda line: console.print(line, style="dim"),
+            say=_say,
         )
         out = page or RESULTS / f"{loaded.name}.md"
         write_page(outcome, out)
@@ -205,6 +205,12 @@ def evaluate(
     peers: Annotated[Path, typer.Option(help="Python with the peers (make peers).")] = Path(".venv-peers/bin/python"),
     json_out: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
     record: Annotated[bool, typer.Option(help="Write figures and model card into the draft BUNDLE.")] = False,
+    robust: Annotated[
+        bool, typer.Option(help="Instead of the rows: asc and sv over unseen noise and rooms, as table and heat map.")
+    ] = False,
+    page: Annotated[
+        Path | None, typer.Option(help="Where --robust writes; default docs/results/robust-MODEL.md.")
+    ] = None,
     about: Annotated[
         Path | None, typer.Option(help="Markdown for the card: intended use, people, limits.", exists=True)
     ] = None,
@@ -216,6 +222,7 @@ def evaluate(
     from training.evaluation.client import ServiceClient, served
     from training.evaluation.report import default_rows
     from training.evaluation.report import evaluate as measure
+    from training.evaluation.robust import evaluate_robustness, write_robustness_page
     from training.manifest import read_data
 
     with _told():
@@ -223,17 +230,25 @@ def evaluate(
         context = served(found.path) if url is None else nullcontext(ServiceClient(url, api_key))
         with context as client:
             tables = read_data(data)
-            report = measure(
-                client,
-                tables,
-                split=split,
-                rows=row or default_rows(tables),
-                bundle=found,
-                peers_python=peers,
-                command="sotto " + " ".join(sys.argv[1:]),
-                say=lambda line: console.print(line, style="dim"),
-            )
-        if record:
+            command = "sotto " + " ".join(sys.argv[1:])
+            if robust:
+                report = evaluate_robustness(client, tables, split=split, command=command, say=_say)
+            else:
+                report = measure(
+                    client,
+                    tables,
+                    split=split,
+                    rows=row or default_rows(tables),
+                    bundle=found,
+                    peers_python=peers,
+                    command=command,
+                    say=_say,
+                )
+        if robust:
+            out = page or RESULTS / f"robust-{report.model.split('@')[0]}.md"
+            write_robustness_page(report, out)
+            console.print(f"page: {out}")
+        elif record:
             from training.card import record_figures
             from training.finished import origin
 
@@ -343,8 +358,12 @@ def _find(bundle: str | None, data: Path) -> Bundle:
     if (folder / "run.json").is_file():
         from training.calibrate import bundle_of
 
-        return bundle_of(folder, data, say=lambda line: console.print(line, style="dim"))
+        return bundle_of(folder, data, say=_say)
     return LocalStore(builtin_store_path()).resolve(bundle or "sotto-edge")
+
+
+def _say(line: str) -> None:
+    console.print(line, style="dim")
 
 
 def _failed(error: Exception) -> typer.Exit:

@@ -37,6 +37,7 @@ from training.errors import ManifestError
 from training.manifest import Clip, digest_data
 from training.manifest import Recording as Disturbance
 from training.recipe import CorpusRecipe
+from training.rooms import with_rooms
 
 SHORTEST_S = 0.1
 BUCKETS = 30
@@ -89,9 +90,10 @@ class AudioRecipe(CorpusRecipe):
         """Batches of the train split and of the fold (None where there is none), and what says exactly which
         audio that is. Raises ManifestError."""
         data, train, fold = self.read()
+        disturbed = with_rooms(data, self.simulated_rooms if self.corruption else 0, cache_folder, self.seed)
         noises, rooms = (
             [one for one in found if one.split == "train"] if self.corruption else []
-            for found in (data.noises, data.rooms)
+            for found in (disturbed.noises, disturbed.rooms)
         )
         heard = fold if self.shar else [*train, *fold]
         cache = AudioCache.build(

@@ -33,6 +33,7 @@ from training.objectives.speaker import AamSoftmax
 from training.objectives.spotting import clip_loss, event_log_odds, frame_loss
 from training.pretrain import save_teacher
 from training.recipe import CorpusRecipe
+from training.rooms import with_rooms
 from training.students.adapters import AdapterRecipe
 from training.students.back_ends import BackEnd
 from training.students.distil import student_of
@@ -158,7 +159,8 @@ def finetune(
     labels = labels_of(train)
     fold = [clip for clip in fold if clip.duration_s <= LONGEST_WATCHED_S]
     fold = fold[:: max(1, len(fold) // WATCHED_CLIPS)]
-    recordings = [item.path for item in (*data.noises, *data.rooms) if item.split == "train"]
+    heard = with_rooms(data, recipe.simulated_rooms, cache_folder, recipe.seed)
+    recordings = [item.path for item in (*heard.noises, *heard.rooms) if item.split == "train"]
     cache = AudioCache.build(cache_folder, [clip.path for clip in (*train, *fold)] + recordings)
     torch.manual_seed(recipe.seed)
     model = JointModel(
@@ -173,7 +175,7 @@ def finetune(
     if recipe.mode == "masks":
         add_masks(model.trunk, recipe.masks)
     parts = recipe.schedule.accumulate * PartialState().num_processes
-    sources = [_source(recipe, data, train, task, cache, labels, parts) for task in recipe.tasks]
+    sources = [_source(recipe, heard, train, task, cache, labels, parts) for task in recipe.tasks]
     speakers = max(source.speaker_classes for source in sources)
     one_step = None
     if recipe.one_step is not None:

@@ -32,6 +32,8 @@ class CorpusRecipe(BaseModel):
     data: Path
     corpora: tuple[str, ...] | None = None
     fold: float = Field(default=0.05, ge=0, lt=1)
+    # Beside the recorded ones of the train split (`rooms.py`).
+    simulated_rooms: int = Field(default=0, ge=0)
     seed: int = 0
 
     def identity(self) -> dict[str, Any]:
@@ -67,6 +69,8 @@ class DataRecipe(_Strict):
     corpora: tuple[str, ...] | None = None
     most_clips_per_corpus: int | None = Field(default=None, gt=0)
     synthesis: SynthesisRecipe | None = None
+    # Beside the recorded ones of the train split (`rooms.py`).
+    simulated_rooms: int = Field(default=0, ge=0)
 
 
 class ScheduleRecipe(_Strict):

@@ -32,6 +32,7 @@ from training.objectives.speaker import AamSoftmax
 from training.objectives.spotting import clip_loss, frame_loss
 from training.progress import training_progress
 from training.recipe import Recipe
+from training.rooms import with_rooms
 from training.spectral import SpectralAugment
 from training.students.edge import FRAME_HOP, Edge
 from training.synthesis import synthesize
@@ -46,6 +47,7 @@ class Prepared:
     """The data of a run, ready to draw from."""
 
     data: Data
+    heard: Data  # the same, with simulated rooms
     training: list[Clip]
     monitor: list[Clip]
     labels: list[str]
@@ -72,9 +74,10 @@ def prepare(recipe: Recipe, cache_folder: Path) -> Prepared:
     if recipe.data.synthesis is not None:
         training += synthesize(recipe.data.synthesis, labels, cache_folder / "espeak", seed=recipe.seed)
     monitor = [clip for clip in chosen(recipe, data.split(CALIBRATION_FOLD)) if clip.duration_s <= 4.0]
-    recordings = [item.path for item in (*data.noises, *data.rooms) if item.split == "train"]
+    heard = with_rooms(data, recipe.data.simulated_rooms, cache_folder, recipe.seed)
+    recordings = [item.path for item in (*heard.noises, *heard.rooms) if item.split == "train"]
     cache = AudioCache.build(cache_folder, [clip.path for clip in (*training, *monitor)] + recordings)
-    return Prepared(data, training, monitor, labels, cache)
+    return Prepared(data, heard, training, monitor, labels, cache)
 
 
 def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int | None = None) -> Path:
@@ -94,7 +97,7 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int |
     if recipe.voices is not None:
         voices = Voices.build(cache_folder, clips, recipe.voices.python)
     source = BatchSource(
-        prepared.data,
+        prepared.heard,
         prepared.training,
         prepared.cache,
         prepared.labels,

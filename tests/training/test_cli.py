@@ -73,6 +73,16 @@ def test_a_run_is_exported_and_calibrated_once(run: Path, made_data: Path, monke
     assert open_bundle(run / "bundle").manifest.name == "sotto-tiny"
 
 
+def test_a_run_is_measured_in_noise_and_rooms(run: Path, made_data: Path, tmp_path: Path) -> None:
+    page = tmp_path / "pages/robust.md"
+    code, said = sotto("evaluate", run, "--data", made_data, "--robust", "--page", page)
+    assert code == 0, said
+    rows = [line for line in page.read_text().splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0].strip("| ") for row in rows[2:4]] == ["dry", "reverberant"]
+    assert len(rows) == 2 + 2 + 3
+    assert page.with_suffix(".png").is_file()
+
+
 def test_a_run_that_cannot_be_calibrated_leaves_no_bundle(
     run: Path, made_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

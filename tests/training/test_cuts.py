@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -138,6 +139,16 @@ def test_a_recipe_hears_shards_and_watches_its_own_fold(made_data: Path, shards:
 
 def first(data: Path, cache: Path, **corruption: object) -> Waves:
     return recipe(data, corruption=corruption).sources(cache)[0][0]
+
+
+def test_simulated_rooms_are_heard_too(made_data: Path, tmp_path: Path) -> None:
+    in_a_room: dict[str, Any] = {"corruption": {"p_noise": 0.0, "p_room": 1.0}}
+    few, digests = recipe(made_data, **in_a_room).sources(tmp_path)[::2]
+    more, same = recipe(made_data, **in_a_room, simulated_rooms=3).sources(tmp_path)[::2]
+    assert not torch.equal(few[0].waveform, more[0].waveform)
+    assert torch.equal(few[0].as_recorded.waveform, more[0].as_recorded.waveform)
+    # They are no part of the data.
+    assert same == digests
 
 
 def level_db(samples: torch.Tensor) -> float:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
+from training.evaluation.plots import draw_into
 from training.study import Measured, Outcome
 
 ACCURACY, EER = "keywords top-1", "sv EER"
@@ -57,7 +59,7 @@ def write_page(outcome: Outcome, page: Path) -> None:
     ]
     for name, title, draw in plots:
         file = page.with_name(f"{page.stem}-{name}.png")
-        _draw(draw, file)
+        draw_into(file, partial(_alone, draw))
         lines += ["", f"## {title}", "", f"![{title}]({file.name})"]
     page.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -122,15 +124,8 @@ def _plain(error: str) -> str:
     return error.splitlines()[0].replace("|", "/")[:120]
 
 
-def _draw(draw: Callable[[Any], None], file: Path) -> None:
-    # Without a display, and without matplotlib's global state.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
+def _alone(draw: Callable[[Any], None], figure: Any) -> None:
     draw(figure.add_subplot())
-    figure.savefig(file, dpi=110, metadata={"Software": None})
 
 
 def _det(outcome: Outcome) -> Callable[[Any], None]:

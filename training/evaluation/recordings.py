@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import soundfile
 
 from training.audio_cache import SAMPLE_RATE_HZ, Waveform, decode
-from training.augment import mix
+from training.augment import mix, reverberate
 from training.evaluation.client import Upload
 from training.manifest import Clip, Recording
 
@@ -32,13 +33,18 @@ def beginning(path: Path, longest_s: float) -> Upload:
 
 def with_noise(clip: Clip, noises: Sequence[Recording], snr_db: float) -> Upload:
     """The clip with one of the noises at `snr_db`; which one, and where in it, is fixed by the clip's path."""
-    digest = hashlib.sha256(clip.key.encode()).digest()
-    rng = np.random.default_rng(int.from_bytes(digest[:8], "big"))
-    speech = decode(clip.path)
-    noise = decode(noises[int(rng.integers(len(noises)))].path)
-    start = int(rng.integers(max(1, len(noise) - len(speech))))
-    piece = np.resize(noise[start:], len(speech)) if len(noise) - start < len(speech) else noise[start:][: len(speech)]
-    return as_wav(mix(speech, piece, snr_db))
+    return as_wav(_noisy(decode(clip.path), clip, noises, snr_db))
+
+
+def disturbed(clip: Clip, noises: Sequence[Recording], snr_db: float | None, rooms: Sequence[Waveform] = ()) -> Upload:
+    """The clip said in one of the rooms, then with one of the noises at `snr_db` below what the room made of it.
+
+    No rooms leave it dry, no `snr_db` quiet. Which room is fixed by the clip's path too.
+    """
+    samples = decode(clip.path)
+    if rooms:
+        samples = reverberate(samples, rooms[int(_draws(f"room of {clip.key}").integers(len(rooms)))])
+    return as_wav(samples if snr_db is None else _noisy(samples, clip, noises, snr_db))
 
 
 def as_wav(waveform: Waveform) -> Upload:
@@ -52,3 +58,20 @@ def as_wav(waveform: Waveform) -> Upload:
 
 def _type(path: Path) -> str:
     return _TYPES.get(path.suffix.lower(), "audio/wav")
+
+
+def _noisy(speech: Waveform, clip: Clip, noises: Sequence[Recording], snr_db: float) -> Waveform:
+    rng = _draws(clip.key)
+    noise = _noise(noises[int(rng.integers(len(noises)))].path)
+    start = int(rng.integers(max(1, len(noise) - len(speech))))
+    piece = np.resize(noise[start:], len(speech)) if len(noise) - start < len(speech) else noise[start:][: len(speech)]
+    return mix(speech, piece, snr_db)
+
+
+def _draws(name: str) -> np.random.Generator:
+    digest = hashlib.sha256(name.encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "big"))
+
+
+# A split's noises are a few minutes, and each is mixed with hundreds of clips.
+_noise = lru_cache(maxsize=100)(decode)

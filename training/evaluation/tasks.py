@@ -233,7 +233,8 @@ def plan_trials(clips: Sequence[Clip], *, least_speakers: int = LEAST_SPEAKERS) 
 
 
 def run_trials(client: ServiceClient, trials: Trials, send: Sender = as_recorded) -> None:
-    """Enrol every speaker, verify every test against everyone, delete the speakers; fills `trials`.
+    """Enrol every speaker with recordings as they are, verify every test, as `send` disturbs it, against
+    everyone, delete the speakers; fills `trials`.
 
     What the service would turn away scores as low as can be: a test in which it hears no speech, and any
     claim to be a speaker whose six clips do not complete a profile.
@@ -242,7 +243,7 @@ def run_trials(client: ServiceClient, trials: Trials, send: Sender = as_recorded
     try:
         for name, speaker_id in ids.items():
             client.delete(speaker_id)
-            answer = client.enrol(speaker_id, [send(clip) for clip in trials.enrolments[name]])
+            answer = client.enrol(speaker_id, [as_recorded(clip) for clip in trials.enrolments[name]])
             trials.refused_clips += sum(not clip["accepted"] for clip in answer["clips"])
             if answer["status"] != "enrolled":
                 trials.unenrolled.add(name)
