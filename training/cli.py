@@ -28,6 +28,8 @@ corpus = typer.Typer(help="Write the tables of a public corpus that was download
 app.add_typer(corpus, name="corpus")
 console = Console()
 RESULTS = Path("docs/results")
+COMPARED = """Every row had the same teacher, data and number of steps ({budget}: distillation and fine-tuning; where
+both are one step, the sum). No row's recipe, checkpoint or threshold was chosen on the split reported here."""
 
 DataRoot = Annotated[Path | None, typer.Option("--data", help="Folder with manifest.csv; default: the recipe's.")]
 CorpusOut = Annotated[Path, typer.Option("--out", help="Folder for the tables.")]
@@ -158,22 +160,41 @@ def study(
 ) -> None:
     """Make a teacher, students from it in the ways that RECIPE lists, measure them all, and write a page."""
     from training.evaluation.page import write_page
-    from training.study import load_study, run_study
+    from training.study import Setting, load_study, run_study
 
     with _told():
         loaded = load_study(recipe)
-        outcome = run_study(
-            loaded,
-            run or Path("runs") / loaded.name,
-            cache,
-            data_root=data,
-            split=split,
-            command="sotto " + " ".join(sys.argv[1:]),
-            say=_say,
-        )
+        setting = Setting(run or Path("runs") / loaded.name, cache, split, _command(), _say, data)
         out = page or RESULTS / f"{loaded.name}.md"
-        write_page(outcome, out)
+        write_page(run_study(loaded, setting), out)
     console.print(f"page: {out}")
+
+
+@app.command()
+def compare(
+    recipes: list[Path],
+    budget: Annotated[str, typer.Option(help="Steps of distillation and of fine-tuning for each.")] = "800+1600",
+    run: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/papers"),
+    page: Annotated[Path, typer.Option(help="Where to write the page.")] = RESULTS / "papers.md",
+    cache: CacheFolder = Path(".cache"),
+    data: DataRoot = None,
+    split: Annotated[str, typer.Option(help="Split to report on.")] = "dev",
+    only: Annotated[list[str] | None, typer.Option(help="Only these rows, and those they begin with.")] = None,
+) -> None:
+    """Train several studies of one teacher under one budget, measure them side by side, and write a page."""
+    from training.evaluation.page import write_page
+    from training.study import Budget, Setting, join_studies, load_study, only_rows, run_study
+
+    with _told():
+        joined, sections = join_studies([load_study(recipe) for recipe in recipes])
+        if only:
+            joined, sections = only_rows(joined, sections, only)
+        setting = Setting(run, cache, split, _command(), _say, data, Budget.parse(budget), noisy=True)
+        titled = joined.model_copy(
+            update={"title": "Five papers, one teacher, one budget", "intro": COMPARED.format(budget=budget)}
+        )
+        write_page(run_study(titled, setting, sections), page)
+    console.print(f"page: {page}")
 
 
 @app.command()
@@ -230,7 +251,7 @@ def evaluate(
         context = served(found.path) if url is None else nullcontext(ServiceClient(url, api_key))
         with context as client:
             tables = read_data(data)
-            command = "sotto " + " ".join(sys.argv[1:])
+            command = _command()
             if robust:
                 report = evaluate_robustness(client, tables, split=split, command=command, say=_say)
             else:
@@ -360,6 +381,10 @@ def _find(bundle: str | None, data: Path) -> Bundle:
 
         return bundle_of(folder, data, say=_say)
     return LocalStore(builtin_store_path()).resolve(bundle or "sotto-edge")
+
+
+def _command() -> str:
+    return "sotto " + " ".join(sys.argv[1:])
 
 
 def _say(line: str) -> None:

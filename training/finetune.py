@@ -46,6 +46,7 @@ from training.students.masks import (
     load_masks,
     masks_of,
     save_masks,
+    slim,
     trunk_digest,
 )
 from training.teachers import SelfSupervised, load_teacher
@@ -268,6 +269,8 @@ def _trunk(folder: Path, described: dict[str, Any]) -> SelfSupervised:
     if trunk_digest(trunk) != backbone["digest"]:
         raise RunError(f"{backbone['folder']} is not the trunk that the masks in {folder} were made for")
     apply_masks(trunk, load_masks(folder / MASKS))
+    # Whole units that were switched off cost nothing from here on.
+    slim(trunk)
     return trunk
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -126,6 +127,7 @@ def fit(job: Job[BatchT], *, stop_after: int | None = None) -> nn.Module:
     ]
     numbered = zip(own, _load(job.source, own, schedule.workers), strict=True)
     latest: dict[str, float] = {}
+    clock = time.monotonic()
     with training_progress(disable=not accelerator.is_main_process) as progress:
         bar = progress.add_task(job.folder.name, total=schedule.steps, completed=state.step, loss="")
         while state.step < last and not state.stopped:
@@ -150,6 +152,8 @@ def fit(job: Job[BatchT], *, stop_after: int | None = None) -> nn.Module:
             if accelerator.is_main_process and (
                 state.step % schedule.checkpoint_every == 0 or finished or state.stopped
             ):
+                now = time.monotonic()
+                state.seconds, clock = state.seconds + now - clock, now
                 state.save(job, optimizer)
     if writer is not None:
         writer.close()
@@ -170,11 +174,18 @@ def is_finished(folder: Path) -> bool:
     return bool(state["stopped"]) or int(state["step"]) >= int(state["steps"])
 
 
+def seconds_taken(folder: Path) -> float:
+    """By the run in `folder` up to its last checkpoint, looks at the fold included; 0 where that was not noted."""
+    path = folder / "last.pt"
+    return float(torch.load(path, weights_only=True, map_location="cpu").get("seconds", 0.0)) if path.is_file() else 0.0
+
+
 @dataclass(slots=True)
 class _Progress:
     """How far a run is, and how well its fold did so far."""
 
     step: int = 0
+    seconds: float = 0.0
     best: float = -math.inf
     looks_since: int = 0
     stopped: bool = False
@@ -191,6 +202,7 @@ class _Progress:
     def save(self, job: Job[Any], optimizer: torch.optim.Optimizer) -> None:
         state = {
             "step": self.step,
+            "seconds": self.seconds,
             "steps": job.schedule.steps,
             "best": self.best,
             "looks_since": self.looks_since,
@@ -208,6 +220,7 @@ class _Progress:
         job.stage.load_state_dict(state["stage"])
         optimizer.load_state_dict(state["optimizer"])
         self.step, self.best = int(state["step"]), float(state["best"])
+        self.seconds = float(state.get("seconds", 0.0))
         self.looks_since, self.stopped = int(state["looks_since"]), bool(state["stopped"])
 
 

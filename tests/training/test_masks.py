@@ -233,6 +233,16 @@ def test_a_masked_run_becomes_a_bundle(chain: Chain, routed: dict[str, Path], tm
     assert manifest.graph.parameters > 0
 
 
+def test_units_that_a_mask_switches_off_are_not_in_the_bundle(chain: Chain, tmp_path: Path) -> None:
+    sizes = {}
+    for structure in ("weights", "rows"):
+        recipe = tune_recipe(chain.data, mode="masks", masks={"sparsity": 0.5, "structure": structure})
+        run = finetune(recipe, tmp_path / structure, chain.cache, init=str(chain.teacher))
+        sizes[structure] = export(run, tmp_path / f"{structure}-bundle", name="m").graph.parameters
+    # Two layers, half of 32 hidden units each, with 16 weights in, 16 out and a bias.
+    assert sizes["weights"] - sizes["rows"] == 2 * 16 * (16 + 16 + 1)
+
+
 def test_masks_for_another_backbone_are_refused(chain: Chain, tmp_path: Path) -> None:
     backbone = tmp_path / "backbone"
     backbone.mkdir()

@@ -22,7 +22,7 @@ from training.objectives.star import (
     gram,
     gram_distance,
 )
-from training.pretrain import save_teacher
+from training.pretrain import TeacherShape, save_teacher
 from training.students.edge import Edge, EdgeShape
 from training.students.thin import PUBLISHED, ThinShape, thin_student
 from training.teachers import OwnHubert, SelfSupervised, Teacher, load_teacher
@@ -62,6 +62,23 @@ def test_students_have_the_published_sizes(name: str, count: int) -> None:
         model = OwnHubert(PUBLISHED[name].config())
     found = sum(parameter.numel() for parameter in model.parameters())
     assert found == count if name in {"star", "star-l"} else abs(found / count - 1) < 1e-3
+
+
+def test_a_student_of_bands_has_the_frames_of_a_teacher_of_bands() -> None:
+    """As our own teacher has them: bands for a CNN, norms first."""
+    like = {"layers": 3, "heads": 2, "mel": True, "pre_norm": True}
+    wide = Teacher(
+        TeacherShape.model_validate({**like, "hidden_size": 32, "feed_forward": 48, "conv_channels": 8})
+        .untrained()
+        .model,
+        normalise=True,
+    )
+    own = thin_student(ThinShape.model_validate({**like, "hidden_size": 16, "feed_forward": 24}), wide)
+    stage = StarDistillation(own, wide, StarRecipe(), at_once(wide))
+    terms = stage(waves(0.5, 0.3), 0)
+    assert terms.keys() == {"layerwise", "intra", "total"}
+    terms["total"].backward()
+    assert all(parameter.grad is not None for name, parameter in own.named_parameters() if "first" in name)
 
 
 def test_the_default_is_layerwise_and_intra_layer() -> None:

@@ -4,15 +4,32 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from tests.conftest import REPOSITORY
 from tests.training.chain import distil_recipe, pretrain_recipe, tune_recipe
+from training import study as study_module
 from training.errors import RecipeError
-from training.evaluation.page import comparison, table, write_page
+from training.evaluation.page import comparison, grid, shared, table, write_page
 from training.evaluation.report import Figure
-from training.study import Measured, Outcome, StudyRecipe, load_study, run_study, tuning
+from training.study import (
+    Budget,
+    Measured,
+    Outcome,
+    Section,
+    Setting,
+    Shared,
+    StudyRecipe,
+    distillation,
+    join_studies,
+    load_study,
+    only_rows,
+    run_study,
+    tuning,
+)
 
 
 def figures(accuracy: float, eer: float, parameters: float, ms: float) -> list[Figure]:
@@ -71,9 +88,46 @@ def test_the_page_names_the_command_and_has_its_plots(tmp_path: Path) -> None:
         assert (tmp_path / f"docs/page-{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_figures_are_read_as_they_were_written(tmp_path: Path) -> None:
-    OUTCOME.write(tmp_path)
-    assert Outcome.read(tmp_path) == OUTCOME
+JOINED = replace(
+    OUTCOME,
+    sections=[Section("First paper", "What it is.", ["reference", "broken"]), Section("Second", "", ["student"])],
+    shared=[Shared(["reference", "student"], 10.0, [0.1, 0.1], [0.4, 0.4], [("reference", "student", 0.95)])],
+)
+
+
+@pytest.mark.parametrize("outcome", [OUTCOME, JOINED])
+def test_figures_are_read_as_they_were_written(tmp_path: Path, outcome: Outcome) -> None:
+    outcome.write(tmp_path)
+    assert Outcome.read(tmp_path) == outcome
+
+
+def test_each_study_has_its_own_table(tmp_path: Path) -> None:
+    write_page(JOINED, tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    first, second = text.split("## First paper")[1].split("## Second")
+    assert "What it is." in first
+    assert "| the reference |" in first
+    assert "| the broken one | failed" in first
+    assert "| the student |" not in first
+    assert "| the student | 89.90" in second
+
+
+def test_tasks_on_one_backbone_are_weighed_against_students_of_their_own() -> None:
+    lines = shared(JOINED, JOINED.shared[0])
+    # 10 + 2 x 0.1 + 2 x 0.4 against 2 x 10 + 2 x 0.4
+    assert any("11.00 MB for all of them together, 20.80 MB for 2 students" in line for line in lines)
+    assert lines[-1] == "| the reference | the student | 0.950 |"
+
+
+def test_a_grid_is_shown_where_it_was_measured() -> None:
+    clean, noisy = (
+        Figure(f"asc top-1, dry, {level}", value, "%") for level, value in (("no noise", 90), ("10 dB", 80))
+    )
+    one = replace(OUTCOME.rows["student"], figures=[clean, noisy])
+    assert grid(one) == []
+    found = grid(replace(one, figures=[clean, noisy, Figure("asc top-1, reverberant, no noise", 70.0, "%")]))
+    assert "| dry | 90.00 | - | 80.00 | - | - |" in found
+    assert "| reverberant | 70.00 | - | - | - | - |" in found
 
 
 def test_a_folder_without_a_study_is_refused(tmp_path: Path) -> None:
@@ -111,7 +165,7 @@ def study_file(made_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def changed(study_file: Path, folder: Path, **changes: object) -> Path:
     path = folder / "changed.yaml"
-    path.write_text(yaml.safe_dump({**yaml.safe_load(study_file.read_text()), **changes}))
+    path.write_text(yaml.safe_dump({**yaml.safe_load(study_file.read_text()), **changes}, sort_keys=False))
     return path
 
 
@@ -122,9 +176,7 @@ def test_a_study_is_trained_measured_and_not_done_twice(study_file: Path, tmp_pa
 
     def run() -> Outcome:
         said.clear()
-        return run_study(
-            study, tmp_path / "run", tmp_path / "cache", data_root=None, split="train", command="c", say=said.append
-        )
+        return run_study(study, Setting(tmp_path / "run", tmp_path / "cache", "train", "c", said.append))
 
     outcome = run()
     assert list(outcome.rows) == ["reference", "keywords", "impossible"]
@@ -135,6 +187,7 @@ def test_a_study_is_trained_measured_and_not_done_twice(study_file: Path, tmp_pa
     assert 0 < keywords.value("parameters") < reference.value("parameters")
     assert reference.value("parameters") < reference.value("parameters, training heads included")
     assert 0 < keywords.value("multiply-accumulates") < reference.value("multiply-accumulates")
+    assert 0 < reference.value("training") < keywords.value("training")
     assert "99" in outcome.rows["impossible"].error
     assert "measuring sv" in said
     again = run()
@@ -159,6 +212,7 @@ def test_changes_reach_into_sections(study_file: Path, tmp_path: Path) -> None:
         ({"rows": {"reference": {"title": "r", "init": "nobody"}}, "student": "reference"}, "does not distil"),
         ({"rows": {"reference": {"title": "r", "changes": {"mode": "melted"}}}, "student": "reference"}, "melted"),
         ({"reference": "nobody"}, "no row 'nobody'"),
+        ({"rows": {"distilled": {"title": "r"}}, "reference": "distilled", "student": "distilled"}, "is both a row"),
         ({"teacher": "/nowhere.yaml"}, "nowhere"),
     ],
 )
@@ -167,6 +221,102 @@ def test_a_wrong_study_is_refused_before_anything_is_trained(
 ) -> None:
     with pytest.raises(RecipeError, match=message):
         load_study(changed(study_file, tmp_path, **changes))
+
+
+PAPERS = sorted((REPOSITORY / "training/recipes/papers").glob("*.yaml"))
+
+
+def test_the_five_papers_are_of_one_teacher() -> None:
+    joined, sections = join_studies([load_study(path) for path in PAPERS])
+    assert [path.stem for path in PAPERS] == ["kerpicci", "os-kdft", "robust", "s3-router", "star"]
+    assert len(sections) == 5
+    assert {name for section in sections for name in section.rows} == set(joined.rows)
+
+
+def test_everyone_gets_the_same_budget() -> None:
+    """Where distillation and fine-tuning are one step, their sum."""
+    joined, _ = join_studies([load_study(path) for path in PAPERS])
+    budget = Budget.parse("30+70")
+    assert {distillation(joined, name, budget).schedule.steps for name in joined.distil} == {30}
+    steps = {name: tuning(joined, name, budget).schedule.steps for name in joined.rows}
+    assert {name for name, count in steps.items() if count != 70} == {"os-kdft-a", "os-kdft-b"}
+    assert steps["os-kdft-a"] == 100
+
+
+@pytest.mark.parametrize("text", ["800", "0+5", "a+b", "1+2+3", "-1+5"])
+def test_a_budget_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(RecipeError, match="as in 800"):
+        Budget.parse(text)
+
+
+def test_studies_that_do_not_go_together_are_refused(study_file: Path, tmp_path: Path) -> None:
+    study = load_study(study_file)
+    other = study.model_copy(update={"rows": {**study.rows, "keywords": study.rows["reference"]}})
+    with pytest.raises(RecipeError, match="something else by 'keywords'"):
+        join_studies([study, other])
+    with pytest.raises(RecipeError, match="differ in teacher"):
+        join_studies([study, study.model_copy(update={"teacher": tmp_path / "another.yaml"})])
+    assert join_studies([study, study])[0].rows == study.rows
+
+
+def test_rows_are_cut_down_to_those_asked_for_and_what_they_begin_with() -> None:
+    joined, sections = join_studies([load_study(path) for path in PAPERS])
+    cut, left = only_rows(joined, sections, ["pruned-80", "star"])
+    assert list(cut.rows) == ["reference", "student", "pruned-80", "star"]
+    assert set(cut.distil) == {"distilled", "relations"}
+    assert all(section.rows for section in left)
+    with pytest.raises(RecipeError, match="there is no row 'nobody'"):
+        only_rows(joined, sections, ["nobody"])
+
+
+MASKS = {"mode": "masks", "masks": {"sparsity": 0.2}}
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        {"title": "b", "together": "x"},
+        {"title": "b", "together": "x", "changes": {"mode": "masks", "masks": {"sparsity": 0.3}}},
+        {"title": "b", "together": "x", "changes": MASKS, "init": "distilled"},
+    ],
+)
+def test_rows_together_need_one_backbone_and_the_same_masks(
+    study_file: Path, tmp_path: Path, second: dict[str, object]
+) -> None:
+    rows = {"reference": {"title": "r"}, "a": {"title": "a", "together": "x", "changes": MASKS}, "b": second}
+    with pytest.raises(RecipeError, match="rows together"):
+        load_study(changed(study_file, tmp_path, rows=rows, student="a"))
+
+
+def test_a_comparison_survives_what_fails_and_measures_noise(
+    study_file: Path, made_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "distil.yaml").write_text(yaml.safe_dump(distil_recipe(made_data).model_dump(mode="json")))
+    distilled = str(tmp_path / "distil.yaml")
+    masked: dict[str, Any] = {"init": "tuned", "together": "x", "changes": {**MASKS, "tasks": ["keywords"]}}
+    rows = {
+        "reference": {"title": "reference"},
+        "tuned": {"title": "tuned", "init": "distilled", "changes": {"tasks": ["keywords"]}},
+        "lost": {"title": "lost", "init": "impossible"},
+        "masks-a": {**masked, "title": "a"},
+        "masks-b": {**masked, "title": "b", "changes": {**masked["changes"], "seed": 5}},
+    }
+    distil = {"distilled": distilled, "impossible": {"recipe": distilled, "changes": {"targets": [7]}}}
+    study = load_study(changed(study_file, tmp_path, rows=rows, distil=distil, student="tuned"))
+    setting = Setting(tmp_path / "run", tmp_path / "cache", "dev", "c", lambda _: None, budget=Budget(2, 3), noisy=True)
+    joined, sections = only_rows(*join_studies([study]), ["tuned", "lost", "masks-a", "masks-b"])
+    joined = joined.model_copy(update={"rows": {name: row for name, row in joined.rows.items() if name != "reference"}})
+    outcome = run_study(joined, setting, sections)
+    assert "impossible failed" in outcome.rows["lost"].error
+    assert 0 <= outcome.rows["tuned"].value("asc top-1, dry, 10 dB") <= 100
+    assert outcome.rows["tuned"].value("training") > 0
+    (one,) = outcome.shared
+    assert one.rows == ["masks-a", "masks-b"]
+    assert one.backbone > max(one.masks) > 0
+    assert 0 < one.alike[0][2] <= 1
+    assert Outcome.read(tmp_path / "run") == outcome
+    monkeypatch.setattr(study_module, "evaluate", None)
+    assert run_study(joined, setting, sections).rows["tuned"].value("keywords top-1") >= 0
 
 
 def test_a_study_that_distils_an_edge_student_is_refused(study_file: Path, made_data: Path, tmp_path: Path) -> None:

@@ -9,8 +9,12 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
+import numpy as np
+
 from training.evaluation.plots import draw_into
-from training.study import Measured, Outcome
+from training.evaluation.report import Report
+from training.evaluation.robust import robustness_table
+from training.study import Measured, Outcome, Shared
 
 ACCURACY, EER = "keywords top-1", "sv EER"
 ONE_THREAD, ALL_THREADS = "one second of audio, one thread", "one second of audio, all threads"
@@ -21,12 +25,15 @@ COLUMNS = (
     ("SV EER, %", EER, 2),
     ("minDCF", "sv minDCF(0.01)", 3),
     ("Cllr", "sv Cllr", 3),
+    ("`asc` at 10 dB, %", "asc top-1, dry, 10 dB", 2),
+    ("SV EER at 10 dB, %", "sv EER, dry, 10 dB", 2),
     ("parameters, M", "parameters", 2),
     ("with training heads, M", "parameters, training heads included", 2),
     ("file, MB", "file", 2),
     ("MACs/s, M", "multiply-accumulates", 0),
     ("1 s on 1 thread, ms", ONE_THREAD, 2),
     ("1 s on all, ms", ALL_THREADS, 2),
+    ("training, min", "training", 0),
 )
 DET_TICKS = (0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6)
 NORMAL = NormalDist()
@@ -40,6 +47,7 @@ def write_page(outcome: Outcome, page: Path) -> None:
         ("det", "Misses against false accepts", _det(outcome)),
         ("size", "Keyword accuracy against size", _against(outcome, "parameters", "parameters, M")),
         ("latency", "Keyword accuracy against latency", _against(outcome, ONE_THREAD, "one second on one thread, ms")),
+        *([("masks", "How alike masks are", _alike(outcome.shared))] if outcome.shared else []),
     ]
     lines = [f"# {outcome.title}", ""]
     if outcome.intro:
@@ -57,6 +65,12 @@ def write_page(outcome: Outcome, page: Path) -> None:
         "",
         *comparison(outcome),
     ]
+    for section in outcome.sections:
+        lines += ["", f"## {section.title}", ""]
+        lines += [section.about.strip(), ""] if section.about else []
+        lines += table(outcome, section.rows)
+        lines += [line for name in section.rows for line in grid(outcome.rows[name])]
+    lines += [line for one in outcome.shared for line in shared(outcome, one)]
     for name, title, draw in plots:
         file = page.with_name(f"{page.stem}-{name}.png")
         draw_into(file, partial(_alone, draw))
@@ -64,14 +78,15 @@ def write_page(outcome: Outcome, page: Path) -> None:
     page.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def table(outcome: Outcome) -> list[str]:
-    """One line for each row, one column for each figure that any row has."""
-    columns = [one for one in COLUMNS if any(math.isfinite(row.value(one[1])) for row in outcome.rows.values())]
+def table(outcome: Outcome, names: Sequence[str] | None = None) -> list[str]:
+    """One line for each row, or for those named; one column for each figure that any of them has."""
+    rows = [row for name, row in outcome.rows.items() if names is None or name in names]
+    columns = [one for one in COLUMNS if any(math.isfinite(row.value(one[1])) for row in rows)]
     lines = [
         "| | " + " | ".join(heading for heading, _, _ in columns) + " |",
         "| --- |" + " ---: |" * len(columns),
     ]
-    for row in outcome.rows.values():
+    for row in rows:
         if row.error:
             lines.append(f"| {row.title} | " + " | ".join([f"failed: {_plain(row.error)}"] + [""] * (len(columns) - 1)))
             lines[-1] += " |"
@@ -97,6 +112,43 @@ def comparison(outcome: Outcome) -> list[str]:
         shares = [_saved(row, reference, figure) for figure in ("parameters", "multiply-accumulates", ONE_THREAD)]
         changes = [_change(row, reference, figure) for figure in (ACCURACY, EER)]
         lines.append(f"| {row.title} | " + " | ".join([*shares, *changes]) + " |")
+    return lines
+
+
+def grid(row: Measured) -> list[str]:
+    """A row's figures in noise and rooms, where it was measured in more than one."""
+    found = robustness_table(Report("", "", "", row.figures))
+    if sum("| dry |" in line or "| reverberant |" in line for line in found) < 2:
+        return []
+    return ["", f"In noise and rooms: {row.title}", "", *found]
+
+
+def shared(outcome: Outcome, found: Shared) -> list[str]:
+    """What several tasks on one backbone take, and how alike their masks are."""
+    titles = [outcome.rows[name].title for name in found.rows]
+    lines = [
+        "",
+        "## One backbone, a mask and heads for each task",
+        "",
+        "| | mask, MB | heads, MB |",
+        "| --- | ---: | ---: |",
+    ]
+    for title, mask, heads in zip(titles, found.masks, found.heads, strict=True):
+        lines.append(f"| {title} | {mask:.3f} | {heads:.3f} |")
+    together = found.backbone + sum(found.masks) + sum(found.heads)
+    apart = len(found.rows) * found.backbone + sum(found.heads)
+    lines += [
+        "",
+        f"The backbone is {found.backbone:.2f} MB: {together:.2f} MB for all of them together, {apart:.2f} MB for "
+        f"{len(found.rows)} students of their own, {(1 - together / apart) * 100:.1f} % less.",
+        "",
+        "| masks of | and of | mean cosine |",
+        "| --- | --- | ---: |",
+        *(
+            f"| {outcome.rows[one].title} | {outcome.rows[other].title} | {value:.3f} |"
+            for one, other, value in found.alike
+        ),
+    ]
     return lines
 
 
@@ -159,6 +211,22 @@ def _against(outcome: Outcome, figure: str, label: str) -> Callable[[Any], None]
         axes.set_xlabel(label)
         axes.set_ylabel("keyword accuracy, %")
         axes.grid(alpha=0.3)
+
+    return draw
+
+
+def _alike(groups: Sequence[Shared]) -> Callable[[Any], None]:
+    def draw(axes: Any) -> None:
+        found = groups[0]
+        places = {name: place for place, name in enumerate(found.rows)}
+        cosines = np.eye(len(places))
+        for one, other, value in found.alike:
+            cosines[places[one], places[other]] = cosines[places[other], places[one]] = value
+        axes.imshow(cosines, cmap="Blues", vmax=1.0)
+        axes.set_xticks(range(len(places)), found.rows, fontsize=7)
+        axes.set_yticks(range(len(places)), found.rows, fontsize=7)
+        for (row, column), value in np.ndenumerate(cosines):
+            axes.text(column, row, f"{value:.3f}", ha="center", va="center", fontsize=7)
 
     return draw
 

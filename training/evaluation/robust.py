@@ -28,6 +28,7 @@ from training.rooms import Room, simulate
 LEVELS_DB = (None, 20.0, 10.0, 5.0, 0.0)
 # What the simulated rooms are asked for; the figures name what they have.
 T60_S = (0.3, 0.6, 0.9)
+TASKS = ("keywords", "speakers")
 DRY, REVERBERANT = "dry", "reverberant"
 SEED = 20261121
 
@@ -68,15 +69,29 @@ def _simulated() -> tuple[Room, ...]:
     return tuple(simulate(np.random.default_rng((SEED, number)), (t60, t60)) for number, t60 in enumerate(T60_S))
 
 
-def evaluate_robustness(client: ServiceClient, data: Data, *, split: str, command: str, say: Say) -> Report:
-    """`asc` and `sv` under every condition. Raises MeasurementError where the split has no noise."""
+def evaluate_robustness(
+    client: ServiceClient,
+    data: Data,
+    *,
+    split: str,
+    command: str,
+    say: Say,
+    tasks: Sequence[str] = TASKS,
+    only: Sequence[str] | None = None,
+) -> Report:
+    """`asc` and `sv`, as far as they are among the `tasks`, under every condition or those named in `only`.
+
+    Raises MeasurementError where the split has no noise.
+    """
     noises = [noise for noise in data.noises if noise.split == split]
     if not noises:
         raise MeasurementError(f"there is no noise of the {split} split in noise.csv")
     model = client.model()
     report = Report(f"{model['name']}@{model['version']}", split, command)
-    spoken = [clip for clip in data.split(split) if clip.corpus == "asc"]
+    spoken = [clip for clip in data.split(split) if clip.corpus == "asc" and "keywords" in tasks]
     for condition in conditions(data, split):
+        if only is not None and condition.name not in only:
+            continue
         say(f"measuring {condition.name}")
 
         def send(clip: Clip | Recording, condition: Condition = condition) -> Upload:
@@ -88,7 +103,7 @@ def evaluate_robustness(client: ServiceClient, data: Data, *, split: str, comman
             low, high = found.overall.interval
             detail = f"95 % interval {low * 100:.1f} to {high * 100:.1f}, n = {found.overall.total}"
             report.figures.append(Figure(f"asc top-1, {condition.name}", found.overall.value * 100, "%", detail))
-        plans = plan_trials(data.split(split))
+        plans = plan_trials(data.split(split)) if "speakers" in tasks else []
         for plan in plans:
             run_trials(client, plan, send)
         if plans:

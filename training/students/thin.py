@@ -33,16 +33,22 @@ class ThinShape(BaseModel):
         default=((128, 10, 5), (256, 1, 1), *((256, 3, 2),) * 4, (432, 1, 1), *((432, 2, 2),) * 2), min_length=1
     )
     dropout: float = Field(default=0.1, ge=0, lt=1)
+    # As a teacher of our own may have them (`pretrain.TeacherShape`). With bands only the strides and kernels of
+    # `cnn` count, which say where frames are.
+    mel: bool = False
+    pre_norm: bool = False
 
     def config(self) -> HubertConfig:
         """Raises TeacherError where the numbers do not fit together."""
-        if self.cnn[-1][0] != self.hidden_size:
+        if self.cnn[-1][0] != self.hidden_size and not self.mel:
             raise TeacherError(f"the CNN ends with {self.cnn[-1][0]} channels; the encoder is {self.hidden_size} wide")
         if self.hidden_size % self.heads or self.hidden_size % POSITION_GROUPS:
             raise TeacherError(
                 f"the width {self.hidden_size} is no multiple of {self.heads} heads and of {POSITION_GROUPS}"
             )
         channels, kernels, strides = zip(*self.cnn, strict=True)
+        if self.mel:
+            channels = (self.hidden_size,) * len(channels)
         config = HubertConfig(
             hidden_size=self.hidden_size,
             num_hidden_layers=self.layers,
@@ -57,11 +63,12 @@ class ThinShape(BaseModel):
             feat_proj_dropout=self.dropout,
             activation_dropout=0.0,
             layerdrop=0.0,
+            do_stable_layer_norm=self.pre_norm,
             # No frame is ever hidden from the student, so it needs no stand-in.
             mask_time_prob=0.0,
             mask_feature_prob=0.0,
         )
-        config.update({"thin": True})
+        config.update({"thin": True, "mel": self.mel})
         return config
 
 
