@@ -77,15 +77,15 @@ class RunningService:
     log: Path
 
     def get(self, path: str, **options: object) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=30, **options)  # type: ignore[arg-type]
+        return httpx.get(self.url + path, timeout=30, **options)
 
     def post(
         self, path: str, data: bytes | None = None, content_type: str = "audio/wav", **options: object
     ) -> httpx.Response:
         if data is not None:
-            headers = {"Content-Type": content_type, **options.pop("headers", {})}  # type: ignore[dict-item]
+            headers = {"Content-Type": content_type, **options.pop("headers", {})}
             options |= {"content": data, "headers": headers}
-        return httpx.post(self.url + path, timeout=60, **options)  # type: ignore[arg-type]
+        return httpx.post(self.url + path, timeout=60, **options)
 
 
 def start_service(work: Path, **settings: str) -> RunningService:

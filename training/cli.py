@@ -17,7 +17,7 @@ from rich.console import Console
 
 from model_store import Bundle, LocalStore, StoreError, builtin_store_path
 from model_store.store import MANIFEST, open_bundle
-from training.errors import ExportError, ManifestError, TrainingError
+from training.errors import ExportError, ManifestError, MeasurementError, TrainingError
 
 if importlib.util.find_spec("torch") is None:
     # Told at import, so that `sotto` can say which extra is missing before anything starts.
@@ -28,8 +28,10 @@ corpus = typer.Typer(help="Write the tables of a public corpus that was download
 app.add_typer(corpus, name="corpus")
 console = Console()
 RESULTS = Path("docs/results")
-COMPARED = """Every row had the same teacher, data and number of steps ({budget}: distillation and fine-tuning; where
-both are one step, the sum). No row's recipe, checkpoint or threshold was chosen on the split reported here."""
+COMPARED = """Teacher and students are the papers' scaled down to what two cores train (the recipes say how). Every
+distillation had {distillation} steps and every fine-tuning {finetuning}; where both are one step, half of their sum, as
+each of these takes the student through two batches. `passes` are those batches: rows that go on from another row, or
+were not distilled, have more or fewer. No recipe, checkpoint or threshold was chosen on the split reported here."""
 
 DataRoot = Annotated[Path | None, typer.Option("--data", help="Folder with manifest.csv; default: the recipe's.")]
 CorpusOut = Annotated[Path, typer.Option("--out", help="Folder for the tables.")]
@@ -56,7 +58,7 @@ def train(
     with _told():
         loaded = load_recipe(recipe)
         if data is not None:
-            loaded = loaded.model_copy(update={"data": loaded.data.model_copy(update={"root": data})})
+            loaded = loaded.at(data)
         folder = run_training(loaded, run or Path("runs") / loaded.name, cache, stop_after=stop_after)
     console.print(f"run folder: {folder}")
 
@@ -175,7 +177,9 @@ def compare(
     recipes: list[Path],
     budget: Annotated[str, typer.Option(help="Steps of distillation and of fine-tuning for each.")] = "800+1600",
     run: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/papers"),
-    page: Annotated[Path, typer.Option(help="Where to write the page.")] = RESULTS / "papers.md",
+    page: Annotated[
+        Path | None, typer.Option(help="Where to write it; default docs/results/papers.md, with --only RUN/some.md.")
+    ] = None,
     cache: CacheFolder = Path(".cache"),
     data: DataRoot = None,
     split: Annotated[str, typer.Option(help="Split to report on.")] = "dev",
@@ -189,12 +193,13 @@ def compare(
         joined, sections = join_studies([load_study(recipe) for recipe in recipes])
         if only:
             joined, sections = only_rows(joined, sections, only)
-        setting = Setting(run, cache, split, _command(), _say, data, Budget.parse(budget), noisy=True)
-        titled = joined.model_copy(
-            update={"title": "Five papers, one teacher, one budget", "intro": COMPARED.format(budget=budget)}
-        )
-        write_page(run_study(titled, setting, sections), page)
-    console.print(f"page: {page}")
+        steps = Budget.parse(budget)
+        setting = Setting(run, cache, split, _command(), _say, data, steps, noisy=True, part=bool(only))
+        intro = COMPARED.format(distillation=steps.distillation, finetuning=steps.finetuning)
+        titled = joined.model_copy(update={"title": "Five papers, one teacher, one budget", "intro": intro})
+        out = page or (run / "some.md" if only else RESULTS / "papers.md")
+        write_page(run_study(titled, setting, sections), out)
+    console.print(f"page: {out}")
 
 
 @app.command()
@@ -204,7 +209,7 @@ def report(
 ) -> None:
     """Write the page of a finished study in RUN again: tables and plots from the stored figures."""
     from training.evaluation.page import write_page
-    from training.study import Outcome
+    from training.outcome import Outcome
 
     with _told():
         outcome = Outcome.read(run)
@@ -246,6 +251,10 @@ def evaluate(
     from training.evaluation.robust import evaluate_robustness, write_robustness_page
     from training.manifest import read_data
 
+    if robust and (row or record):
+        raise _failed(
+            MeasurementError("--robust has rows of its own and records nothing: leave out --row and --record")
+        )
     with _told():
         found = _find(bundle, data)
         context = served(found.path) if url is None else nullcontext(ServiceClient(url, api_key))

@@ -29,7 +29,7 @@ from lhotse.audio.mixer import AudioMixer
 from lhotse.dataset.sampling import BucketingSampler
 from lhotse.shar.readers.tar import iterate_tarfile_pairwise
 from lhotse.supervision import SupervisionSegment
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from training.audio_cache import SAMPLE_RATE_HZ, AudioCache, Waveform, decode
 from training.augment import LONGEST_ROOM_SAMPLES, Augmenter, AugmentRecipe, reverberate
@@ -86,11 +86,17 @@ class AudioRecipe(CorpusRecipe):
     # only the fold, noises and rooms.
     shar: tuple[Path, ...] = ()
 
+    @model_validator(mode="after")
+    def _rooms_are_heard(self) -> AudioRecipe:
+        if self.simulated_rooms and self.corruption is None:
+            raise ValueError("simulated_rooms are heard through corruption, and there is none")
+        return self
+
     def sources(self, cache_folder: Path) -> tuple[Batches, Batches | None, dict[str, Any]]:
         """Batches of the train split and of the fold (None where there is none), and what says exactly which
         audio that is. Raises ManifestError."""
         data, train, fold = self.read()
-        disturbed = with_rooms(data, self.simulated_rooms if self.corruption else 0, cache_folder, self.seed)
+        disturbed = with_rooms(data, self.simulated_rooms, cache_folder, self.seed)
         noises, rooms = (
             [one for one in found if one.split == "train"] if self.corruption else []
             for found in (disturbed.noises, disturbed.rooms)

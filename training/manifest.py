@@ -167,11 +167,7 @@ def assign_fold(clips: Sequence[Clip], *, fraction: float, seed: int) -> list[Cl
 
 def digest_data(data: Data) -> dict[str, str]:
     """SHA-256 of the tables, and one over every audio file's path and bytes."""
-    digests = {
-        name: hashlib.sha256((data.root / name).read_bytes()).hexdigest()
-        for name in ("manifest.csv", "noise.csv", "rir.csv")
-        if (data.root / name).is_file()
-    }
+    digests = digest_tables(data.root)
     audio = hashlib.sha256()
     items: list[Clip | Recording] = [*data.clips, *data.noises, *data.rooms]
     for item in sorted(items, key=lambda entry: entry.key):
@@ -179,6 +175,15 @@ def digest_data(data: Data) -> dict[str, str]:
         audio.update(hashlib.sha256(item.path.read_bytes()).digest())
     digests["audio"] = audio.hexdigest()
     return digests
+
+
+def digest_tables(root: Path) -> dict[str, str]:
+    """SHA-256 of those tables that are there."""
+    return {
+        name: hashlib.sha256((root / name).read_bytes()).hexdigest()
+        for name in ("manifest.csv", "noise.csv", "rir.csv")
+        if (root / name).is_file()
+    }
 
 
 def _hash_fraction(seed: int, name: str) -> float:

@@ -135,8 +135,8 @@ class Recipe(_Strict):
     loss: LossRecipe = LossRecipe()
     # A student that `sotto distil` taught (its edge.pt), to begin with; heads begin anew.
     init: Path | None = None
-    # What is trained first, of the same shape and labels; this recipe goes on from its averaged weights.
-    # In a file, the path of that recipe.
+    # What is trained first (into RUN/before), with the same seed, data and shape; this recipe goes on from its
+    # averaged weights. In a file, the path of that recipe.
     after: Recipe | None = None
     hints: HintsRecipe | None = None
     voices: VoicesRecipe | None = None
@@ -145,7 +145,16 @@ class Recipe(_Strict):
     def _begins_in_one_way(self) -> Recipe:
         if self.init is not None and self.after is not None:
             raise ValueError("init and after cannot both be given")
+        first = self.after
+        if first is not None and (first.seed, first.data, first.shape) != (self.seed, self.data, self.shape):
+            # Another seed or fraction sets other speakers aside: calibration would meet people it was trained on.
+            raise ValueError("what comes first needs the same seed, data and shape")
         return self
+
+    def at(self, root: Path) -> Recipe:
+        """The same with its recordings below `root`."""
+        moved = self.data.model_copy(update={"root": root})
+        return self.model_copy(update={"data": moved, "after": self.after and self.after.at(root)})
 
     def decided(self) -> dict[str, Any]:
         """Everything but where the data and teachers lie."""

@@ -6,7 +6,8 @@ As the data's own responses are, they begin 2.5 ms before the direct sound and p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -64,10 +65,17 @@ def simulate(rng: np.random.Generator, t60_s: tuple[float, float] = T60_S) -> Ro
 
 def simulated(folder: Path, count: int, seed: int) -> list[Recording]:
     """So many rooms for training, computed once and kept in `folder`."""
+    made_with = f"{seed}:{T60_S}:{SIZE_M}:{WALL_M}:{NEAR_M}:{FAR_M}:{pyroomacoustics.__version__}"
+    own = folder / f"rooms-{hashlib.sha256(made_with.encode()).hexdigest()[:20]}"
     return [
         Recording(path, f"{CORPUS}/{path.stem}", CORPUS, "train", "shoebox", soundfile.info(path).duration)
-        for path in _files(folder / f"rooms-{seed}", count, seed)
+        for path in _files(own, count, seed)
     ]
+
+
+def evaluation_rooms(t60s_s: Sequence[float]) -> list[Room]:
+    """One for each reverberation time that is asked for; never one of `simulated`, whatever its seed."""
+    return [simulate(_draws("evaluation", number), (t60_s, t60_s)) for number, t60_s in enumerate(t60s_s)]
 
 
 def with_rooms(data: Data, count: int, folder: Path, seed: int) -> Data:
@@ -80,12 +88,17 @@ def _files(folder: Path, count: int, seed: int) -> Iterator[Path]:
     for number in range(count):
         path = folder / f"{number:04d}.flac"
         if not path.is_file():
-            response = simulate(np.random.default_rng((seed, number))).response
+            response = simulate(_draws(f"training {seed}", number)).response
             # Of one name for each process, should two make the same room at once.
             partial = folder / f"{number:04d}-{np.random.default_rng().integers(2**32)}.partial"
             soundfile.write(partial, response, SAMPLE_RATE_HZ, format="FLAC", subtype="PCM_24")
             partial.replace(path)
         yield path
+
+
+def _draws(purpose: str, number: int) -> np.random.Generator:
+    digest = hashlib.sha256(f"{purpose}: room {number}".encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:16], "big"))
 
 
 def _t60_s(response: Waveform) -> float:

@@ -117,7 +117,7 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int |
     student = student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
     heads = TrainingHeads(recipe, max(1, source.speaker_classes))
     if recipe.after is not None:
-        go_on_from(folder / "before", prepared.labels, student, heads)
+        go_on_from(folder / "before", student, heads)
     optimizer = _optimizer(recipe, [student, heads])
     average = {name: value.detach().clone() for name, value in student.state_dict().items()}
     _write_run_file(recipe, folder, prepared, source, student)
@@ -167,18 +167,14 @@ def begin_with(student: Edge, weights: Path) -> None:
     student.load_state_dict({name: given[name] for name in wanted}, strict=False)
 
 
-def go_on_from(before: Path, labels: list[str], student: Edge, heads: TrainingHeads) -> None:
-    """Take over the averaged weights of a finished run, and those of its heads that are of the same size here.
-
-    Raises RunError.
-    """
-    given, run = load_student(before)
-    if run["labels"] != labels or given.shape != student.shape:
-        raise RunError(f"the run in {before} has other keywords or another shape; its recipe's data must be the same")
-    student.load_state_dict(given.state_dict())
+def go_on_from(before: Path, student: Edge, heads: TrainingHeads) -> None:
+    """Take over the averaged weights of a finished run with the same data and shape, and those of its heads that
+    are here as well."""
+    student.load_state_dict(load_student(before)[0].state_dict())
     own = heads.state_dict()
-    centres = torch.load(before / "last.pt", weights_only=True)["heads"]
-    taken = {name: value for name, value in centres.items() if name in own and own[name].shape == value.shape}
+    given = torch.load(before / "last.pt", weights_only=True)["heads"]
+    # With other speeds there are other speakers.
+    taken = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
     heads.load_state_dict(taken, strict=False)
 
 
@@ -328,6 +324,7 @@ def _write_run_file(recipe: Recipe, folder: Path, prepared: Prepared, source: Ba
         "torch": torch.__version__,
         "labels": prepared.labels,
         "init": hashlib.sha256(recipe.init.read_bytes()).hexdigest() if recipe.init else None,
+        "before": hashlib.sha256((folder / "before/student.pt").read_bytes()).hexdigest() if recipe.after else None,
         "training_clips": len(prepared.training),
         "speakers": len(source.speakers),
         "parameters": sum(parameter.numel() for parameter in student.parameters()),

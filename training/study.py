@@ -10,25 +10,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from model_store import Bundle, LocalStore, StoreError, builtin_store_path
+from model_store import Bundle, LocalStore, builtin_store_path
 from training.calibrate import TASKS, bundle_of
 from training.distil import DistilRecipe, distil
-from training.errors import RecipeError, RunError, TrainingError
+from training.errors import RecipeError, RunError
 from training.evaluation.client import served
 from training.evaluation.cost import latencies_ms, multiply_accumulates
 from training.evaluation.report import Figure, Report, evaluate
-from training.evaluation.robust import evaluate_robustness
+from training.evaluation.robust import NOISY, evaluate_robustness
 from training.finetune import HEADS, MASKS, FinetuneRecipe, finetune
 from training.finished import read_run
-from training.manifest import read_data
+from training.manifest import digest_tables, read_data
+from training.outcome import FIGURES, Measured, Outcome, Section, Shared, write_json
 from training.pretrain import PretrainRecipe, pretrain
 from training.recipe import RecipeT, read_recipe
 from training.students.masks import load_masks, similarity
@@ -36,10 +37,9 @@ from training.trainer import seconds_taken
 
 Say = Callable[[str], None]
 ScheduledT = TypeVar("ScheduledT", DistilRecipe, FinetuneRecipe)
-FIGURES = "figures.json"
-# What every row of a comparison is measured under, beside the recordings as they are.
-NOISY = "dry, 10 dB"
 WEIGHTS = "model.safetensors"
+# Of a bundle that was not calibrated, as those of one task are not, these mean nothing.
+CALIBRATED = ("sv Cllr", "sv false")
 
 
 class Variant(BaseModel):
@@ -73,6 +73,11 @@ class RowRecipe(BaseModel):
     together: str = ""
 
 
+# Against the reference: at least so many percent smaller and faster; at most so many points of accuracy lost and of
+# error rate gained.
+Mark = Literal["smaller", "faster", "accuracy", "eer"]
+
+
 class StudyRecipe(BaseModel):
     """The whole file; paths are taken from the working directory."""
 
@@ -85,14 +90,18 @@ class StudyRecipe(BaseModel):
     distil: dict[str, Variant] = Field(default_factory=dict)
     finetune: Path
     rows: dict[str, RowRecipe] = Field(min_length=1)
-    # The row that the others are compared with, and the one whose marks are spelt out.
+    # The row that the others are compared with, and the one that is held against the marks, if any.
     reference: str = "reference"
-    student: str = "student"
+    student: str = ""
+    marks: dict[Mark, float] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Steps that every recipe of a comparison gets; where both are one step, their sum."""
+    """Steps that every recipe of a comparison gets.
+
+    A step of OS-KDFT takes the student through both tasks' audio, so it gets half of their sum: as many passes.
+    """
 
     distillation: int
     finetuning: int
@@ -120,84 +129,7 @@ class Setting:
     data_root: Path | None = None
     budget: Budget | None = None
     noisy: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """One row's figures. What was not measured is absent from `figures`."""
-
-    title: str
-    figures: list[Figure]
-    det: dict[str, list[tuple[float, float]]]
-    error: str = ""
-
-    def value(self, name: str) -> float:
-        return Report("", "", "", self.figures).value(name)
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    """Some of the rows, under a heading of their own."""
-
-    title: str
-    about: str
-    rows: list[str]
-
-
-@dataclass(frozen=True, slots=True)
-class Shared:
-    """Rows of masks that share one backbone; sizes in MB, of files as they lie on disk."""
-
-    rows: list[str]
-    backbone: float
-    masks: list[float]
-    heads: list[float]
-    # Mean cosine between the masks of two rows, over layers.
-    alike: list[tuple[str, str, float]]
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """All that the page says."""
-
-    title: str
-    intro: str
-    command: str
-    split: str
-    reference: str
-    student: str
-    rows: dict[str, Measured]
-    sections: list[Section] = field(default_factory=list)
-    shared: list[Shared] = field(default_factory=list)
-
-    @classmethod
-    def read(cls, folder: Path) -> Outcome:
-        """Of a study that was run into `folder`. Raises RecipeError where there is none."""
-        path = folder / FIGURES
-        if not path.is_file():
-            raise RecipeError(f"{folder} holds no figures; `sotto study` makes them")
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        rows = {
-            name: Measured(
-                row["title"],
-                [Figure(**figure) for figure in row["figures"]],
-                {curve: [(float(x), float(y)) for x, y in points] for curve, points in row["det"].items()},
-                row["error"],
-            )
-            for name, row in stored.pop("rows").items()
-        }
-        sections = [Section(**section) for section in stored.pop("sections", [])]
-        shared = [
-            Shared(**{**one, "alike": [(first, second, float(value)) for first, second, value in one["alike"]]})
-            for one in stored.pop("shared", [])
-        ]
-        return cls(**stored, rows=rows, sections=sections, shared=shared)
-
-    def write(self, folder: Path) -> None:
-        text = json.dumps(asdict(self), indent=1, ensure_ascii=False)
-        partial = folder / f"{FIGURES}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(folder / FIGURES)
+    part: bool = False  # some rows of a larger study, whose stored outcome is left alone
 
 
 def load_study(path: Path) -> StudyRecipe:
@@ -229,7 +161,9 @@ def check_study(study: StudyRecipe, where: str) -> None:
             like = (recipe.mode, row.init, recipe.masks)
             if recipe.mode != "masks" or together.setdefault(row.together, like) != like:
                 raise RecipeError(f"{where}: rows together need `mode: masks`, one init and the same masks; see {name}")
-    for named in (study.reference, study.student):
+    if study.marks and not study.student:
+        raise RecipeError(f"{where}: marks need a row to be held against: student")
+    for named in (study.reference, *((study.student,) if study.student else ())):
         if named not in study.rows:
             raise RecipeError(f"{where}: there is no row {named!r}")
 
@@ -260,8 +194,8 @@ def join_studies(studies: Sequence[StudyRecipe]) -> tuple[StudyRecipe, list[Sect
 def only_rows(
     study: StudyRecipe, sections: Sequence[Section], names: Sequence[str]
 ) -> tuple[StudyRecipe, list[Section]]:
-    """The study cut down to these rows, the reference, the student, and what they begin with. Raises RecipeError."""
-    wanted = {study.reference, study.student}
+    """The study cut down to these rows, the reference, and what they begin with. Raises RecipeError."""
+    wanted = {study.reference}
     queue = list(names)
     while queue:
         name = queue.pop()
@@ -295,7 +229,9 @@ def tuning(study: StudyRecipe, row: str, budget: Budget | None = None) -> Finetu
     recipe = _changed(read_recipe(study.finetune, FinetuneRecipe), study.rows[row].changes, row)
     if budget is None:
         return recipe
-    return _with_steps(recipe, budget.finetuning + (budget.distillation if recipe.one_step is not None else 0))
+    if recipe.one_step is None:
+        return _with_steps(recipe, budget.finetuning)
+    return _with_steps(recipe, (budget.finetuning + budget.distillation) // 2)
 
 
 def _changed(recipe: RecipeT, changes: Mapping[str, Any], name: str) -> RecipeT:
@@ -320,21 +256,22 @@ def _with_steps(recipe: ScheduledT, steps: int) -> ScheduledT:
 
 
 def run_study(study: StudyRecipe, setting: Setting, sections: Sequence[Section] = ()) -> Outcome:
-    """Train and measure what has not been, and return everything. Raises TrainingError where the teacher fails;
-    a distillation or row that fails is recorded."""
+    """Train and measure what has not been, and return everything. Raises TrainingError where the teacher fails or
+    the folder is of another budget; a distillation or row that fails is recorded."""
     setting.folder.mkdir(parents=True, exist_ok=True)
+    _claim(setting)
     made = _Made(study, setting)
     rows: dict[str, Measured] = {}
     graphs: dict[str, bytes] = {}
     for name, row in study.rows.items():
         try:
             bundle, figures, det = made.row(name)
-        except (TrainingError, StoreError) as error:
+            graphs[name] = bundle.read(bundle.manifest.graph.file)
+            rows[name] = Measured(row.title, figures, det)
+        # Whatever one row dies of, hours of the others' work are not to be lost to it.
+        except Exception as error:
             setting.say(f"{name} failed: {error}")
-            rows[name] = Measured(row.title, [], {}, str(error))
-            continue
-        graphs[name] = bundle.read(bundle.manifest.graph.file)
-        rows[name] = Measured(row.title, figures, det)
+            rows[name] = Measured(row.title, [], {}, f"{type(error).__name__}: {error}")
     setting.say("timing all graphs side by side")
     for name, latency in latencies_ms(graphs).items():
         rows[name].figures.extend(
@@ -353,11 +290,22 @@ def run_study(study: StudyRecipe, setting: Setting, sections: Sequence[Section] 
         study.reference,
         study.student,
         rows,
+        {str(name): value for name, value in study.marks.items()},
         list(sections),
         made.shared([name for name, row in rows.items() if not row.error]),
     )
-    outcome.write(setting.folder)
+    if not setting.part:
+        outcome.write(setting.folder)
     return outcome
+
+
+def _claim(setting: Setting) -> None:
+    """One folder, one budget: under another one nothing in it could go on. Raises RecipeError."""
+    budget = None if setting.budget is None else asdict(setting.budget)
+    path = setting.folder / "budget.json"
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != budget:
+        raise RecipeError(f"{setting.folder} holds a comparison under another budget; give --run another folder")
+    write_json(budget, path)
 
 
 class _Made:
@@ -369,7 +317,9 @@ class _Made:
             self._at(read_recipe(study.teacher, PretrainRecipe)), setting.folder / "teacher", setting.cache
         )
         self._folders = {"teacher": teacher}
+        # Of each thing that rows begin with: how long it took, and how often the student went through a batch.
         self._seconds = {"teacher": 0.0}
+        self._passes = {"teacher": 0}
         self._failed: dict[str, str] = {}
         for name in study.distil:
             setting.say(f"distilling {name}")
@@ -377,11 +327,13 @@ class _Made:
             try:
                 recipe = self._at(distillation(study, name, setting.budget))
                 distil(recipe, folder, setting.cache, teacher=str(teacher))
-            except TrainingError as error:
+            # As for a row.
+            except Exception as error:
                 setting.say(f"{name} failed: {error}")
-                self._failed[name] = str(error)
+                self._failed[name] = f"{type(error).__name__}: {error}"
                 continue
             self._folders[name], self._seconds[name] = folder / "model", seconds_taken(folder)
+            self._passes[name] = recipe.schedule.steps
 
     def row(self, name: str) -> tuple[Bundle, list[Figure], dict[str, list[tuple[float, float]]]]:
         """Trained and measured. Raises TrainingError, StoreError."""
@@ -399,23 +351,26 @@ class _Made:
             run = finetune(recipe, self._run(name), setting.cache, init=str(self._folders[row.init]))
             bundle = bundle_of(run, self._root, say=setting.say)
             seconds = self._seconds[row.init] + seconds_taken(run)
+            passes = self._passes[row.init] + recipe.schedule.steps * (1 if recipe.one_step is None else 2)
             if recipe.mode != "masks":
-                self._folders[name], self._seconds[name] = run / "model", seconds
+                self._folders[name], self._seconds[name], self._passes[name] = run / "model", seconds, passes
+            extra.append(Figure("passes", passes, "", "batches of audio that went through the student"))
             extra.append(Figure("parameters, training heads included", read_run(run)["parameters"] / 1e6, "M"))
             if seconds:
                 extra.append(Figure("training", seconds / 60, "min", "distillation included, the teacher not"))
         extra.append(Figure("parameters", bundle.manifest.graph.parameters / 1e6, "M"))
         report = self._measured(name, bundle, tasks)
-        return bundle, [*report.figures, *extra], report.det
+        figures = [one for one in report.figures if set(tasks) == set(TASKS) or not one.name.startswith(CALIBRATED)]
+        return bundle, [*figures, *extra], report.det
 
     def shared(self, rows: Sequence[str]) -> list[Shared]:
-        """Those of the rows that share a backbone, group by group."""
+        """Those of the rows that share a backbone, group by group, where there are two of them."""
         groups: dict[str, list[str]] = {}
         for name in rows:
             if self._study.rows[name].together:
                 groups.setdefault(self._study.rows[name].together, []).append(name)
         found = []
-        for names in groups.values():
+        for names in (group for group in groups.values() if len(group) > 1):
             runs = [self._run(name) for name in names]
             masks = {name: load_masks(run / MASKS) for name, run in zip(names, runs, strict=True)}
             alike = [(one, other, _mean(similarity(masks[one], masks[other]))) for one, other in combinations(names, 2)]
@@ -429,18 +384,21 @@ class _Made:
         setting, grid = self._setting, self._study.rows[name].grid
         path = setting.folder / f"row-{name}" / FIGURES
         path.parent.mkdir(exist_ok=True)
-        wanted = [
-            row for row, task in (("keywords", "keywords"), ("asc", "keywords"), ("sv", "speakers")) if task in tasks
-        ]
+        corpora = None if self._study.rows[name].bundle else tuning(self._study, name).corpora
+        # A model of some corpora's words is not compared with one that has to tell all of them apart.
+        spoken = ("keywords", "asc") if corpora is None else ("asc",) if "asc" in corpora else ("commands",)
+        wanted = [*(spoken if "keywords" in tasks else ()), *(("sv",) if "speakers" in tasks else ())]
         disturbed = ["all"] if grid else [NOISY] if setting.noisy else []
         key = {
             "graph": bundle.manifest.files[bundle.manifest.graph.file].sha256,
             "split": setting.split,
+            "tables": digest_tables(self._root),
             **({"disturbed": disturbed} if disturbed else {}),
         }
         if path.is_file():
             stored = json.loads(path.read_text(encoding="utf-8"))
-            if all(stored.get(part) == value for part, value in key.items()):
+            # Figures of before the tables were noted down count as of these.
+            if all({"tables": key["tables"], **stored}.get(part) == value for part, value in key.items()):
                 return Report(
                     stored["model"],
                     setting.split,
@@ -470,7 +428,7 @@ class _Made:
                     tasks=tasks,
                     only=None if grid else (NOISY,),
                 ).figures
-        path.write_text(json.dumps({**key, **asdict(report)}, indent=1, ensure_ascii=False), encoding="utf-8")
+        write_json({**key, **asdict(report)}, path)
         return report
 
     def _run(self, name: str) -> Path:

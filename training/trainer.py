@@ -295,7 +295,8 @@ def _optimizer(job: Job[Any]) -> torch.optim.AdamW:
         rate = next((rate for prefix, rate in job.rates if name.startswith(prefix)), 1.0)
         parameter.requires_grad_(rate > 0 and parameter.requires_grad)
         if parameter.requires_grad:
-            groups.setdefault((rate, parameter.ndim > 1), []).append(parameter)
+            # Of masks' scores only the order means anything.
+            groups.setdefault((rate, parameter.ndim > 1 and not name.endswith(".score")), []).append(parameter)
     decay = job.schedule.weight_decay
     return torch.optim.AdamW(
         [

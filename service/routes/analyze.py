@@ -100,7 +100,7 @@ async def analyze(
     speaker_id: Annotated[
         str | None, Query(max_length=128, description="Also says who spoke: the claim, and each detection.")
     ] = None,
-    keywords: KeywordsParameter = [],  # noqa: B006
+    keywords: KeywordsParameter = [],  # noqa: B006  FastAPI copies defaults
     threshold: ThresholdParameter = None,
     top_k: TopParameter = 5,
     model: ModelParameter = None,

@@ -99,7 +99,7 @@ async def detect(
         **problems(NotFoundError),
     },
 )
-async def list_keywords(request: Request, caller: Infers, model: ModelParameter = None) -> Response:  # noqa: ARG001
+async def list_keywords(request: Request, caller: Infers, model: ModelParameter = None) -> Response:  # noqa: ARG001  asks for the scope
     """Labels, thresholds, and what the thresholds were fitted on."""
     engine = runtime_of(request).engine_for(model)
     info = engine.manifest.keywords

@@ -47,7 +47,7 @@ MODEL_EXAMPLE = {
         **problems(),
     },
 )
-async def list_models(request: Request, caller: Infers) -> Response:  # noqa: ARG001
+async def list_models(request: Request, caller: Infers) -> Response:  # noqa: ARG001  asks for the scope
     """Every model of the store, with versions and aliases."""
     runtime = runtime_of(request)
     names = await asyncio.to_thread(runtime.store.names)
@@ -61,7 +61,7 @@ async def list_models(request: Request, caller: Infers) -> Response:  # noqa: AR
     response_model=ModelAnswer,
     responses={200: {"content": {"application/json": {"example": MODEL_EXAMPLE}}}, **problems(NotFoundError)},
 )
-async def show_model(request: Request, caller: Infers, name: str) -> Response:  # noqa: ARG001
+async def show_model(request: Request, caller: Infers, name: str) -> Response:  # noqa: ARG001  asks for the scope
     """Versions, aliases, digests, what was measured, and what is loaded."""
     runtime = runtime_of(request)
     if name not in await asyncio.to_thread(runtime.store.names):

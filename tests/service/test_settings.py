@@ -52,7 +52,7 @@ def test_settings_do_not_print_their_secrets(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_settings_cannot_be_changed() -> None:
     with pytest.raises(ValidationError):
-        Settings().port = 1  # type: ignore[misc]
+        Settings().port = 1
 
 
 def test_two_keys_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

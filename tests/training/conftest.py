@@ -50,7 +50,7 @@ def train_tiny(recipe: Recipe, folder: Path, cache: Path) -> TinyRun:
     step = run_module._step
 
     def noted(*arguments: object) -> dict[str, float]:
-        terms = step(*arguments)  # type: ignore[arg-type]  # whatever they are, they are handed on
+        terms = step(*arguments)
         losses.append(terms["total"])
         return terms
 

@@ -30,7 +30,7 @@ def burst_clip(name: str, seconds: float, start_s: float, **changes: object) -> 
     clip = replace(BASE, path=Path(name), key=name, duration_s=seconds)
     if changes.get("keyword"):
         clip = replace(clip, word_start_s=start_s, word_end_s=start_s + BURST_S)
-    return replace(clip, **changes), samples  # type: ignore[arg-type]
+    return replace(clip, **changes), samples
 
 
 def source_of(
@@ -46,7 +46,7 @@ def source_of(
     index = {str(clip.path): (int(end) - len(own), int(end)) for (clip, own), end in zip(recordings, ends, strict=True)}
     pcm = np.concatenate([samples for _, samples in recordings]) * 32767
     clips = [clip for clip, _ in recordings]
-    recipe = SamplingRecipe(**{"crop_s": 1.0, "p_noise_only": 0.0, **sampling})  # type: ignore[arg-type]
+    recipe = SamplingRecipe(**{"crop_s": 1.0, "p_noise_only": 0.0, **sampling})
     return BatchSource(
         Data(Path(), tuple(clips), (), ()), clips, AudioCache(pcm.astype(np.int16), index), labels,
         batch_size=batch_size, seed=seed, sampling=recipe, augment=augment,

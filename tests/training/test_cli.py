@@ -83,6 +83,11 @@ def test_a_run_is_measured_in_noise_and_rooms(run: Path, made_data: Path, tmp_pa
     assert page.with_suffix(".png").is_file()
 
 
+def test_the_grid_of_noises_goes_with_nothing_else(run: Path) -> None:
+    code, said = sotto("evaluate", run, "--robust", "--record")
+    assert (code, "leave out" in said) == (1, True)
+
+
 def test_a_run_that_cannot_be_calibrated_leaves_no_bundle(
     run: Path, made_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

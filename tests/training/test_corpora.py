@@ -47,7 +47,7 @@ def rows(out: Path, table: str = "manifest.csv") -> list[dict[str, str]]:
 @pytest.mark.parametrize("version", ["1", "2"])
 def test_every_word_is_a_class_of_the_35_and_the_list_is_what_is_reported(tmp_path: Path, version: str) -> None:
     root = commands(tmp_path / "corpus", version)
-    assert speech_commands(root, tmp_path / "out", version=version, classes=35) == 9  # type: ignore[arg-type]
+    assert speech_commands(root, tmp_path / "out", version=version, classes=35) == 9
     data = read_data(tmp_path / "out")
     assert {clip.label for clip in data.split("dev")} == {"en:yes", "en:no", "en:bed", "en:cat"}
     assert {clip.speaker for clip in data.split("dev")} == {"speech-commands-bbbbbbbb"}

@@ -34,7 +34,7 @@ def small_graph() -> bytes:
     torch.onnx.export(
         Small().eval(),
         (torch.zeros(1, 16_000), torch.tensor([16_000])),
-        stream,  # type: ignore[arg-type]
+        stream,
         dynamo=False,
         opset_version=17,
         input_names=["waveform", "lengths"],

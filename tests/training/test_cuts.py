@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from lhotse import CutSet
+from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from training.audio_cache import AudioCache, decode
@@ -149,6 +150,11 @@ def test_simulated_rooms_are_heard_too(made_data: Path, tmp_path: Path) -> None:
     assert torch.equal(few[0].as_recorded.waveform, more[0].as_recorded.waveform)
     # They are no part of the data.
     assert same == digests
+
+
+def test_simulated_rooms_without_corruption_are_refused(made_data: Path) -> None:
+    with pytest.raises(ValidationError, match="heard through corruption"):
+        recipe(made_data, simulated_rooms=3)
 
 
 def level_db(samples: torch.Tensor) -> float:

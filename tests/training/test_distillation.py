@@ -57,7 +57,7 @@ def test_every_parameter_of_the_student_receives_gradient(teacher: Teacher) -> N
     batch, lengths = noise(8000, 4000)
     wanted = teacher(batch, lengths)
     loss = distillation_loss(heads(student(batch, lengths).hidden[-1]), wanted.hidden, heads.targets, wanted.mask)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     without = [
         name for name, parameter in (*student.named_parameters(), *heads.named_parameters()) if parameter.grad is None
     ]

@@ -137,7 +137,7 @@ def test_in_full_mode_every_weight_of_the_trunk_receives_gradient(chain: Chain, 
     stage = JointFinetuning(model, 60, tune_recipe(made_data, tasks=(task,)))
     stage.train()
     loss = stage(one_batch(made_data, chain.cache), 0)["total"]
-    loss.backward()  # type: ignore[no-untyped-call]  # torch's stub
+    loss.backward()
     missing = [
         name
         for name, parameter in model.trunk.named_parameters()
@@ -168,12 +168,12 @@ def test_steps_alternate_between_the_tasks_under_one_optimiser(
     made = torch.optim.AdamW.__init__
 
     def noted(self: JointFinetuning, batch: object, step: int) -> dict[str, Tensor]:
-        terms = original(self, batch, step)  # type: ignore[arg-type]
+        terms = original(self, batch, step)
         turns.append(tuple(name for name in terms if name != "total"))
         return terms
 
     def counted(self: torch.optim.AdamW, *arguments: object, **settings: object) -> None:
-        made(self, *arguments, **settings)  # type: ignore[arg-type]
+        made(self, *arguments, **settings)
         optimisers.append(self)
 
     monkeypatch.setattr(JointFinetuning, "forward", noted)

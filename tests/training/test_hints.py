@@ -228,7 +228,7 @@ def test_a_student_learns_from_both_and_keeps_neither_head(
     step = run_module._step
 
     def noted(*arguments: object) -> dict[str, float]:
-        terms.append(step(*arguments))  # type: ignore[arg-type]  # whatever they are, they are handed on
+        terms.append(step(*arguments))
         return terms[-1]
 
     monkeypatch.setattr(run_module, "_step", noted)

@@ -63,6 +63,17 @@ def test_each_matrix_has_exactly_its_sparsity(trunk: SelfSupervised, sparsity: f
         assert set(mask.unique().tolist()) <= {0.0, 1.0}
 
 
+def test_a_mask_of_units_covers_the_first_matrix_of_each_pair(trunk: SelfSupervised) -> None:
+    masks = add_masks(trunk, MaskRecipe(sparsity=0.25, structure="units", scope="all"))
+    assert sorted(masks) == [f"encoder.layers.{layer}.feed_forward.intermediate_dense" for layer in range(2)]
+    assert {tuple(masked.mask().shape) for masked in masks.values()} == {(24, 1)}
+
+
+def test_where_nothing_is_off_no_score_is_trained(trunk: SelfSupervised) -> None:
+    add_masks(trunk, MaskRecipe(sparsity=0.0))
+    assert not any(parameter.requires_grad for parameter in trunk.parameters())
+
+
 def test_equal_scores_keep_the_count_exact() -> None:
     """[2]"""
     masked = Masked(torch.ones(4, 5), MaskRecipe(sparsity=0.3, init="magnitude"))
@@ -145,7 +156,7 @@ def test_masks_of_another_trunk_are_refused(trunk: SelfSupervised) -> None:
         apply_masks(trunk, {"encoder.layers.7.feed_forward.output_dense": torch.ones(16, 24, dtype=torch.bool)})
 
 
-@pytest.mark.parametrize("structure", ["rows", "columns"])
+@pytest.mark.parametrize("structure", ["rows", "columns", "units"])
 def test_units_that_are_off_are_taken_out_and_nothing_changes(trunk: SelfSupervised, structure: str) -> None:
     recipe = MaskRecipe.model_validate({"sparsity": 0.5, "structure": structure})
     add_masks(trunk, recipe)
@@ -235,12 +246,12 @@ def test_a_masked_run_becomes_a_bundle(chain: Chain, routed: dict[str, Path], tm
 
 def test_units_that_a_mask_switches_off_are_not_in_the_bundle(chain: Chain, tmp_path: Path) -> None:
     sizes = {}
-    for structure in ("weights", "rows"):
+    for structure in ("weights", "units"):
         recipe = tune_recipe(chain.data, mode="masks", masks={"sparsity": 0.5, "structure": structure})
         run = finetune(recipe, tmp_path / structure, chain.cache, init=str(chain.teacher))
         sizes[structure] = export(run, tmp_path / f"{structure}-bundle", name="m").graph.parameters
     # Two layers, half of 32 hidden units each, with 16 weights in, 16 out and a bias.
-    assert sizes["weights"] - sizes["rows"] == 2 * 16 * (16 + 16 + 1)
+    assert sizes["weights"] - sizes["units"] == 2 * 16 * (16 + 16 + 1)
 
 
 def test_masks_for_another_backbone_are_refused(chain: Chain, tmp_path: Path) -> None:

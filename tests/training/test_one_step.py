@@ -41,7 +41,7 @@ def teacher() -> Teacher:
 def model_of(teacher: Teacher, **changes: object) -> JointModel:
     torch.manual_seed(1)
     settings = {"speaker_dim": 8, "adapters": AdapterRecipe(width=4), "speakers_by": "light", **changes}
-    model = JointModel(student_of(teacher, layers=1), 3, **settings)  # type: ignore[arg-type]
+    model = JointModel(student_of(teacher, layers=1), 3, **settings)
     # Adapters begin as nothing; here they shall be something.
     for parameter in [] if model.adapters is None else model.adapters.parameters():
         nn.init.normal_(parameter, std=0.5)
@@ -175,7 +175,7 @@ def test_the_second_generation_sums_over_frames(teacher: Teacher) -> None:
         assert given.unlabelled_lengths is not None
         perfect = teacher(given.unlabelled, given.unlabelled_lengths).hidden[1]
         assert one_step.heads is not None
-        one_step.heads.forward = lambda _frames: [perfect]  # type: ignore[method-assign]
+        one_step.heads.forward = lambda _frames: [perfect]
         frames = sum(teacher.frames(int(length)) for length in given.unlabelled_lengths) / 3
         assert float(one_step(given, 0)) == pytest.approx(0.31326 * frames, rel=1e-3)
 
@@ -207,7 +207,7 @@ def test_the_second_generation_s_audio_migrates(made_data: Path, tmp_path: Path,
 @pytest.mark.parametrize("kind", ["light", "ecapa"])
 def test_back_ends_ignore_padding(kind: str) -> None:
     torch.manual_seed(0)
-    network = back_end(kind, 16, 2, 8, 0.0).eval()  # type: ignore[arg-type]
+    network = back_end(kind, 16, 2, 8, 0.0).eval()
     hidden = [torch.randn(2, 60, 16) for _ in range(3)]
     mask = torch.ones(2, 60, dtype=torch.bool)
     mask[0, 35:] = False
@@ -249,8 +249,8 @@ def test_a_run_trains_at_its_rates_and_is_opened_again(
     made = torch.optim.AdamW.__init__
 
     def noted(self: torch.optim.AdamW, given: list[dict[str, object]], **settings: object) -> None:
-        groups.append({float(group["rate"]) for group in given})  # type: ignore[arg-type]
-        made(self, given, **settings)  # type: ignore[arg-type]
+        groups.append({float(group["rate"]) for group in given})
+        made(self, given, **settings)
 
     monkeypatch.setattr(torch.optim.AdamW, "__init__", noted)
     recipe = tune_recipe(

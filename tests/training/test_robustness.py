@@ -120,6 +120,12 @@ def test_what_is_sent_differs_with_the_condition(data: Data) -> None:
     assert len(set(client.sent)) == 8 * 32 + 4 + 1
 
 
+def test_a_condition_that_does_not_exist_is_named(data: Data) -> None:
+    client: Any = Listener()
+    with pytest.raises(MeasurementError, match="no condition wet, 7 dB"):
+        evaluate_robustness(client, data, split="dev", command="", say=lambda _: None, only=("wet, 7 dB",))
+
+
 def test_a_split_without_noise_is_refused(data: Data) -> None:
     client: Any = FakeClient()
     with pytest.raises(MeasurementError, match="no noise of the train split"):

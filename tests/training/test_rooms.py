@@ -12,7 +12,7 @@ from training import rooms
 from training.audio_cache import decode
 from training.augment import DIRECT_SOUND_SAMPLES, reverberate
 from training.manifest import read_data
-from training.rooms import Room, simulate, simulated, with_rooms
+from training.rooms import Room, evaluation_rooms, simulate, simulated, with_rooms
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,21 @@ def test_a_room_is_its_generator_s() -> None:
     one, same, other = (simulate(np.random.default_rng(seed)).response for seed in (1, 1, 2))
     assert np.array_equal(one, same)
     assert len(one) != len(other)
+
+
+def test_no_room_that_is_measured_in_was_trained_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Even where a recipe has the seed of the other."""
+    drawn: list[float] = []
+
+    def noted(rng: np.random.Generator, *_: object) -> Room:
+        drawn.append(rng.uniform())
+        return Room(0.5, np.ones(10, dtype=np.float32))
+
+    monkeypatch.setattr(rooms, "simulate", noted)
+    evaluation_rooms((0.3, 0.6, 0.9))
+    for seed in (0, 1, 20261121):
+        simulated(tmp_path, 20, seed=seed)
+    assert len(set(drawn)) == len(drawn) == 3 + 3 * 20
 
 
 def test_rooms_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -9,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -231,15 +231,8 @@ def test_what_a_recipe_comes_after_is_trained_first(made_data: Path, tmp_path: P
     before, _ = load_student(tmp_path / "run/before")
     after, run = load_student(tmp_path / "run")
     assert run["recipe"]["after"]["schedule"]["steps"] == 2
+    assert run["before"] == hashlib.sha256((tmp_path / "run/before/student.pt").read_bytes()).hexdigest()
     assert any(not torch.equal(before.state_dict()[name], value) for name, value in after.state_dict().items())
-
-
-def test_a_student_of_another_shape_is_not_gone_on_with(made_run: TinyRun, tmp_path: Path) -> None:
-    shutil.copytree(made_run.folder, tmp_path / "run/before")
-    wider = replace(made_run.recipe.shape, speaker_dim=24)
-    recipe = made_run.recipe.model_copy(update={"after": made_run.recipe, "shape": wider})
-    with pytest.raises(RunError, match="another shape"):
-        train(recipe, tmp_path / "run", made_run.cache)
 
 
 def test_a_run_begun_before_a_setting_existed_goes_on(made_run: TinyRun, tmp_path: Path) -> None:

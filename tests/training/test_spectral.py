@@ -12,7 +12,7 @@ NOTHING = {"p_warp": 0.0, "p_colour": 0.0, "frequency_stripes": 0, "time_stripes
 
 def changed(features: Tensor, seed: int = 0, **recipe: object) -> Tensor:
     """The features [B, mels, T] after a change that does only what `recipe` asks for."""
-    settings = SpectralRecipe(**{**NOTHING, **recipe})  # type: ignore[arg-type]  # mixed values
+    settings = SpectralRecipe(**{**NOTHING, **recipe})
     return SpectralAugment(settings, len(features), torch.Generator().manual_seed(seed))(features)
 
 

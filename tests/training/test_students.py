@@ -65,8 +65,8 @@ def network() -> Edge:
     network = Edge(7, SMALL)
     for layer in network.modules():
         if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
-            layer.running_mean.uniform_(-0.5, 0.5)  # type: ignore[union-attr]
-            layer.running_var.uniform_(0.3, 2.0)  # type: ignore[union-attr]
+            layer.running_mean.uniform_(-0.5, 0.5)
+            layer.running_var.uniform_(0.3, 2.0)
             nn.init.uniform_(layer.weight, 0.5, 1.5)
             nn.init.uniform_(layer.bias, -0.5, 0.5)
     return network.eval()

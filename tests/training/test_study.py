@@ -13,15 +13,12 @@ from tests.conftest import REPOSITORY
 from tests.training.chain import distil_recipe, pretrain_recipe, tune_recipe
 from training import study as study_module
 from training.errors import RecipeError
-from training.evaluation.page import comparison, grid, shared, table, write_page
+from training.evaluation.page import comparison, grid, marks, shared, table, write_page
 from training.evaluation.report import Figure
+from training.outcome import Measured, Outcome, Section, Shared
 from training.study import (
     Budget,
-    Measured,
-    Outcome,
-    Section,
     Setting,
-    Shared,
     StudyRecipe,
     distillation,
     join_studies,
@@ -72,6 +69,16 @@ def test_the_table_has_intervals_and_says_what_failed() -> None:
 
 def test_columns_that_nobody_has_are_left_out() -> None:
     assert "Cllr" not in table(OUTCOME)[0]
+
+
+def test_marks_are_met_or_missed() -> None:
+    """Three quarters smaller and faster, 0.1 points less accurate, 0.9 more errors."""
+    wanted = {"smaller": 75.0, "faster": 80.0, "accuracy": 0.05, "eer": 1.0}
+    lines = marks(replace(OUTCOME, marks=wanted))
+    assert [line.rsplit("|", 2)[1].strip() for line in lines[-4:]] == ["met", "missed", "missed", "met"]
+    assert "| at least 75 | 75.00 |" in lines[-4]
+    assert marks(OUTCOME) == []
+    assert marks(replace(OUTCOME, marks=wanted, student="broken")) == []
 
 
 def test_without_a_reference_nothing_is_compared() -> None:
@@ -125,7 +132,13 @@ def test_a_grid_is_shown_where_it_was_measured() -> None:
     )
     one = replace(OUTCOME.rows["student"], figures=[clean, noisy])
     assert grid(one) == []
-    found = grid(replace(one, figures=[clean, noisy, Figure("asc top-1, reverberant, no noise", 70.0, "%")]))
+    both = [
+        clean, noisy, Figure("asc top-1, worst speaker", 5.0, "%"), Figure("sv EER, asc", 3.0, "%"),
+        Figure("sv EER, dry, 10 dB", 20.0, "%"),
+    ]  # fmt: skip
+    assert grid(replace(one, figures=both)) == []
+    found = grid(replace(one, figures=[*both, Figure("asc top-1, reverberant, no noise", 70.0, "%")]))
+    assert not any("worst" in line or "| asc |" in line for line in found)
     assert "| dry | 90.00 | - | 80.00 | - | - |" in found
     assert "| reverberant | 70.00 | - | - | - | - |" in found
 
@@ -212,6 +225,7 @@ def test_changes_reach_into_sections(study_file: Path, tmp_path: Path) -> None:
         ({"rows": {"reference": {"title": "r", "init": "nobody"}}, "student": "reference"}, "does not distil"),
         ({"rows": {"reference": {"title": "r", "changes": {"mode": "melted"}}}, "student": "reference"}, "melted"),
         ({"reference": "nobody"}, "no row 'nobody'"),
+        ({"marks": {"smaller": 75}, "student": ""}, "marks need a row"),
         ({"rows": {"distilled": {"title": "r"}}, "reference": "distilled", "student": "distilled"}, "is both a row"),
         ({"teacher": "/nowhere.yaml"}, "nowhere"),
     ],
@@ -228,19 +242,19 @@ PAPERS = sorted((REPOSITORY / "training/recipes/papers").glob("*.yaml"))
 
 def test_the_five_papers_are_of_one_teacher() -> None:
     joined, sections = join_studies([load_study(path) for path in PAPERS])
-    assert [path.stem for path in PAPERS] == ["kerpicci", "os-kdft", "robust", "s3-router", "star"]
+    assert [path.stem for path in PAPERS] == ["multi-task", "os-kdft", "robust", "s3-router", "star"]
     assert len(sections) == 5
     assert {name for section in sections for name in section.rows} == set(joined.rows)
 
 
 def test_everyone_gets_the_same_budget() -> None:
-    """Where distillation and fine-tuning are one step, their sum."""
+    """A step that does both takes the student through two batches."""
     joined, _ = join_studies([load_study(path) for path in PAPERS])
     budget = Budget.parse("30+70")
     assert {distillation(joined, name, budget).schedule.steps for name in joined.distil} == {30}
     steps = {name: tuning(joined, name, budget).schedule.steps for name in joined.rows}
     assert {name for name, count in steps.items() if count != 70} == {"os-kdft-a", "os-kdft-b"}
-    assert steps["os-kdft-a"] == 100
+    assert steps["os-kdft-a"] == 50
 
 
 @pytest.mark.parametrize("text", ["800", "0+5", "a+b", "1+2+3", "-1+5"])
@@ -310,11 +324,15 @@ def test_a_comparison_survives_what_fails_and_measures_noise(
     assert "impossible failed" in outcome.rows["lost"].error
     assert 0 <= outcome.rows["tuned"].value("asc top-1, dry, 10 dB") <= 100
     assert outcome.rows["tuned"].value("training") > 0
+    assert outcome.rows["tuned"].value("passes") == 2 + 3
+    assert outcome.rows["masks-a"].value("passes") == 2 + 3 + 3
     (one,) = outcome.shared
     assert one.rows == ["masks-a", "masks-b"]
     assert one.backbone > max(one.masks) > 0
     assert 0 < one.alike[0][2] <= 1
     assert Outcome.read(tmp_path / "run") == outcome
+    with pytest.raises(RecipeError, match="another budget"):
+        run_study(joined, replace(setting, budget=Budget(2, 4)), sections)
     monkeypatch.setattr(study_module, "evaluate", None)
     assert run_study(joined, setting, sections).rows["tuned"].value("keywords top-1") >= 0
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from training.evaluation.plots import draw_into
 from training.evaluation.report import Report
-from training.evaluation.robust import robustness_table
-from training.study import Measured, Outcome, Shared
+from training.evaluation.robust import NOISY, REVERBERANT, robustness_table
+from training.outcome import Measured, Outcome, Shared
 
 ACCURACY, EER = "keywords top-1", "sv EER"
 ONE_THREAD, ALL_THREADS = "one second of audio, one thread", "one second of audio, all threads"
@@ -22,17 +22,19 @@ ONE_THREAD, ALL_THREADS = "one second of audio, one thread", "one second of audi
 COLUMNS = (
     ("keywords, %", ACCURACY, 2),
     ("`asc`, %", "asc top-1", 2),
+    ("`commands`, %", "commands top-1", 2),
     ("SV EER, %", EER, 2),
     ("minDCF", "sv minDCF(0.01)", 3),
     ("Cllr", "sv Cllr", 3),
-    ("`asc` at 10 dB, %", "asc top-1, dry, 10 dB", 2),
-    ("SV EER at 10 dB, %", "sv EER, dry, 10 dB", 2),
+    ("`asc` at 10 dB, %", f"asc top-1, {NOISY}", 2),
+    ("SV EER at 10 dB, %", f"sv EER, {NOISY}", 2),
     ("parameters, M", "parameters", 2),
     ("with training heads, M", "parameters, training heads included", 2),
     ("file, MB", "file", 2),
     ("MACs/s, M", "multiply-accumulates", 0),
     ("1 s on 1 thread, ms", ONE_THREAD, 2),
     ("1 s on all, ms", ALL_THREADS, 2),
+    ("passes", "passes", 0),
     ("training, min", "training", 0),
 )
 DET_TICKS = (0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6)
@@ -61,9 +63,11 @@ def write_page(outcome: Outcome, page: Path) -> None:
         "",
         *table(outcome),
         "",
-        "Intervals are 95 % (Wilson). `with training heads` counts what is left behind at export.",
+        "Intervals are 95 % (Wilson). `with training heads` counts what is left behind at export; `passes` are batches",
+        "of audio that went through the student, distillation included.",
         "",
         *comparison(outcome),
+        *marks(outcome),
     ]
     for section in outcome.sections:
         lines += ["", f"## {section.title}", ""]
@@ -115,10 +119,33 @@ def comparison(outcome: Outcome) -> list[str]:
     return lines
 
 
+def marks(outcome: Outcome) -> list[str]:
+    """Whether the student reaches what it was meant to, one line for each mark."""
+    reference, student = outcome.rows[outcome.reference], outcome.rows[outcome.student]
+    if not outcome.marks or reference.error or student.error:
+        return []
+    found = {
+        "smaller": ("parameters, % fewer", (1 - student.value("parameters") / reference.value("parameters")) * 100, 1),
+        "faster": (
+            "time on one thread, % less",
+            (1 - student.value(ONE_THREAD) / reference.value(ONE_THREAD)) * 100,
+            1,
+        ),
+        "accuracy": ("accuracy lost, points", reference.value(ACCURACY) - student.value(ACCURACY), -1),
+        "eer": ("EER gained, points", student.value(EER) - reference.value(EER), -1),
+    }
+    lines = ["", f"## Marks for the {student.title}", "", "| | mark | found | |", "| --- | ---: | ---: | --- |"]
+    for name, mark in outcome.marks.items():
+        what, value, sign = found[name]
+        bound, verdict = ("at least" if sign > 0 else "at most"), ("met" if sign * value >= sign * mark else "missed")
+        lines.append(f"| {what} | {bound} {mark:g} | {value:.2f} | {verdict} |")
+    return lines
+
+
 def grid(row: Measured) -> list[str]:
     """A row's figures in noise and rooms, where it was measured in more than one."""
     found = robustness_table(Report("", "", "", row.figures))
-    if sum("| dry |" in line or "| reverberant |" in line for line in found) < 2:
+    if not any(line.startswith(f"| {REVERBERANT} |") for line in found):
         return []
     return ["", f"In noise and rooms: {row.title}", "", *found]
 

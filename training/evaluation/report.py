@@ -30,7 +30,7 @@ from training.evaluation.tasks import (
     verification,
     wake_misses,
 )
-from training.manifest import TRIALS, Data, read_trials
+from training.manifest import TRIALS, Clip, Data, read_trials
 
 # Not among the defaults: `keywords`, which is `asc` and `commands` together, for tables with one column;
 # `trials`, unless the data has a list of them.
@@ -128,8 +128,8 @@ def evaluate(
     return report
 
 
-def _accuracy(name: str, client: ServiceClient, clips: Sequence[object]) -> list[Figure]:
-    found = clip_accuracy(client, clips)  # type: ignore[arg-type]
+def _accuracy(name: str, client: ServiceClient, clips: Sequence[Clip]) -> list[Figure]:
+    found = clip_accuracy(client, clips)
     figures = [_share(f"{name} top-1", found.overall)]
     if len(found.by_corpus) > 1:
         figures += [_share(f"{name} top-1, {corpus}", rate) for corpus, rate in found.by_corpus.items()]

@@ -1,7 +1,7 @@
 """What noise and rooms cost: accuracy and error rates over a grid of conditions that training never heard.
 
 Noises are those of the reported split; rooms are its recorded ones and simulated ones of known reverberation
-time, drawn from a generator of their own. Speakers enrol with recordings as they are: what is measured is how
+time that no training can draw. Speakers enrol with recordings as they are: what is measured is how
 a disturbed test compares with them.
 """
 
@@ -23,14 +23,13 @@ from training.evaluation.recordings import disturbed
 from training.evaluation.report import Figure, Report
 from training.evaluation.tasks import clip_accuracy, plan_trials, run_trials, verification
 from training.manifest import Clip, Data, Recording
-from training.rooms import Room, simulate
+from training.rooms import Room, evaluation_rooms
 
 LEVELS_DB = (None, 20.0, 10.0, 5.0, 0.0)
 # What the simulated rooms are asked for; the figures name what they have.
 T60_S = (0.3, 0.6, 0.9)
 TASKS = ("keywords", "speakers")
 DRY, REVERBERANT = "dry", "reverberant"
-SEED = 20261121
 
 Say = Callable[[str], None]
 
@@ -52,6 +51,10 @@ def level_name(snr_db: float | None) -> str:
     return "no noise" if snr_db is None else f"{snr_db:g} dB"
 
 
+# What every row of a comparison is measured under, beside the recordings as they are.
+NOISY = f"{DRY}, {level_name(10.0)}"
+
+
 def conditions(data: Data, split: str) -> list[Condition]:
     """Dry and reverberant at each level, and each simulated room alone without noise."""
     simulated = _simulated()
@@ -66,7 +69,7 @@ def conditions(data: Data, split: str) -> list[Condition]:
 
 @cache
 def _simulated() -> tuple[Room, ...]:
-    return tuple(simulate(np.random.default_rng((SEED, number)), (t60, t60)) for number, t60 in enumerate(T60_S))
+    return tuple(evaluation_rooms(T60_S))
 
 
 def evaluate_robustness(
@@ -81,15 +84,19 @@ def evaluate_robustness(
 ) -> Report:
     """`asc` and `sv`, as far as they are among the `tasks`, under every condition or those named in `only`.
 
-    Raises MeasurementError where the split has no noise.
+    Raises MeasurementError where the split has no noise or a condition does not exist.
     """
+    everything = conditions(data, split)
+    unknown = set(only or ()) - {condition.name for condition in everything}
+    if unknown:
+        raise MeasurementError(f"there is no condition {', '.join(sorted(unknown))}")
     noises = [noise for noise in data.noises if noise.split == split]
     if not noises:
         raise MeasurementError(f"there is no noise of the {split} split in noise.csv")
     model = client.model()
     report = Report(f"{model['name']}@{model['version']}", split, command)
     spoken = [clip for clip in data.split(split) if clip.corpus == "asc" and "keywords" in tasks]
-    for condition in conditions(data, split):
+    for condition in everything:
         if only is not None and condition.name not in only:
             continue
         say(f"measuring {condition.name}")
@@ -125,7 +132,8 @@ def write_robustness_page(report: Report, page: Path) -> None:
         "",
         f"    {report.command}",
         "",
-        "Noises and rooms were in no training. `reverberant` draws one of all the rooms for each clip; the rows",
+        *(["Noises and rooms were in no training."] if report.split == "dev" else []),
+        "`reverberant` draws one of all the rooms for each clip; the rows",
         "with a reverberation time are one simulated room each. Speakers enrolled without noise or room.",
         "",
         *robustness_table(report),
@@ -156,8 +164,11 @@ def _row(report: Report, task: str, place: str) -> list[float]:
 
 
 def _places(report: Report, task: str) -> list[str]:
-    names = [figure.name.split(", ")[1] for figure in report.figures if figure.name.startswith(f"{task}, ")]
-    return list(dict.fromkeys(names))
+    levels = {level_name(level) for level in LEVELS_DB}
+    # Other figures of the task name a corpus or a speaker.
+    names = [figure.name for figure in report.figures if figure.name.startswith(f"{task}, ")]
+    parts = [name.removeprefix(f"{task}, ").rsplit(", ", 1) for name in names]
+    return list(dict.fromkeys(part[0] for part in parts if part[-1] in levels and len(part) == 2))
 
 
 def _cell(value: float) -> str:

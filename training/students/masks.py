@@ -43,8 +43,9 @@ class MaskRecipe(BaseModel):
     sparsity: float = Field(default=0.1, ge=0, lt=1)
     scope: Literal["feed-forward", "all"] = "feed-forward"
     init: Literal["rank", "magnitude", "random"] = "rank"
-    # One score for each weight, or for each row or column of a matrix.
-    structure: Literal["weights", "rows", "columns"] = "weights"
+    # One score for each weight, for each row or column of a matrix, or for each hidden unit of the feed-forward
+    # layers: its row in the first of their two matrices, so that `slim` can take all of it out.
+    structure: Literal["weights", "rows", "columns", "units"] = "weights"
 
 
 class _Top(torch.autograd.Function):
@@ -72,12 +73,15 @@ class Masked(nn.Module):
     def __init__(self, weight: Tensor, recipe: MaskRecipe) -> None:
         super().__init__()
         self.recipe = recipe
-        shape = {"weights": weight.shape, "rows": (weight.shape[0], 1), "columns": (1, weight.shape[1])}
-        self.score = nn.Parameter(first_scores(weight.detach(), torch.Size(shape[recipe.structure]), recipe.init))
+        by_row = (weight.shape[0], 1)
+        shape = {"weights": weight.shape, "rows": by_row, "columns": (1, weight.shape[1]), "units": by_row}
+        scores = first_scores(weight.detach(), torch.Size(shape[recipe.structure]), recipe.init)
+        # Where nothing is switched off there is nothing to learn.
+        self.score = nn.Parameter(scores, requires_grad=recipe.sparsity > 0)
 
     def mask(self) -> Tensor:
         """Of the scores' shape, 0 or 1."""
-        found: Tensor = _Top.apply(self.score.abs(), self.recipe.sparsity)  # type: ignore[no-untyped-call]
+        found: Tensor = _Top.apply(self.score.abs(), self.recipe.sparsity)  # type: ignore[no-untyped-call]  # torch's
         return found
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -103,7 +107,8 @@ def add_masks(trunk: SelfSupervised, recipe: MaskRecipe) -> dict[str, Masked]:
     """Freeze the trunk and mask its matrices; returns the masks by the name of their layer."""
     trunk.requires_grad_(False)
     found = {}
-    for name, linear in masked_layers(trunk, recipe.scope).items():
+    scope = "units" if recipe.structure == "units" else recipe.scope
+    for name, linear in masked_layers(trunk, scope).items():
         weight: Tensor = linear.weight
         masked = Masked(weight, recipe)
         parametrize.register_parametrization(linear, "weight", masked)
@@ -113,7 +118,7 @@ def add_masks(trunk: SelfSupervised, recipe: MaskRecipe) -> dict[str, Masked]:
 
 def masked_layers(trunk: SelfSupervised, scope: str) -> dict[str, nn.Linear]:
     """The encoder's matrices that a mask of this scope covers, by name."""
-    wanted = FEED_FORWARD if scope == "feed-forward" else (*ATTENTION, *FEED_FORWARD)
+    wanted = {"feed-forward": FEED_FORWARD, "units": FEED_FORWARD[:1], "all": (*ATTENTION, *FEED_FORWARD)}[scope]
     return {
         name: module
         for name, module in trunk.model.named_modules()
