@@ -138,6 +138,9 @@ class Recipe(_Strict):
     # What is trained first (into RUN/before), with the same seed, data and shape; this recipe goes on from its
     # averaged weights. In a file, the path of that recipe.
     after: Recipe | None = None
+    # The share of those weights in the final ones: between both, new people are often told apart best (WiSE-FT,
+    # Wortsman et al. 2022).
+    before_share: float = Field(default=0.0, ge=0, lt=1)
     hints: HintsRecipe | None = None
     voices: VoicesRecipe | None = None
 
@@ -149,6 +152,8 @@ class Recipe(_Strict):
         if first is not None and (first.seed, first.data, first.shape) != (self.seed, self.data, self.shape):
             # Another seed or fraction sets other speakers aside: calibration would meet people it was trained on.
             raise ValueError("what comes first needs the same seed, data and shape")
+        if first is None and self.before_share:
+            raise ValueError("before_share is a share of what comes first, and nothing does")
         return self
 
     def at(self, root: Path) -> Recipe:

@@ -145,6 +145,9 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int |
                     progress.console.print(finished, {name: round(value, 4) for name, value in seen.items()})
     writer.close()
     if last == recipe.schedule.steps:
+        if recipe.before_share:
+            before = load_student(folder / "before")[0].state_dict()
+            average = mixed(average, before, recipe.before_share)
         torch.save(average, folder / "student.partial")
         (folder / "student.partial").replace(folder / "student.pt")
     return folder
@@ -176,6 +179,13 @@ def go_on_from(before: Path, student: Edge, heads: TrainingHeads) -> None:
     # With other speeds there are other speakers.
     taken = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
     heads.load_state_dict(taken, strict=False)
+
+
+def mixed(own: dict[str, torch.Tensor], other: dict[str, torch.Tensor], share: float) -> dict[str, torch.Tensor]:
+    """Weights and statistics between two networks of one shape, `share` of the way from `own` to `other`."""
+    return {
+        name: value.lerp(other[name], share) if value.dtype.is_floating_point else value for name, value in own.items()
+    }
 
 
 def load_student(folder: Path) -> tuple[Edge, dict[str, Any]]:

@@ -235,6 +235,22 @@ def test_what_a_recipe_comes_after_is_trained_first(made_data: Path, tmp_path: P
     assert any(not torch.equal(before.state_dict()[name], value) for name, value in after.state_dict().items())
 
 
+def test_the_final_weights_can_lie_between_both_runs(made_run: TinyRun, tmp_path: Path) -> None:
+    weights = {}
+    for share in (0.0, 0.25):
+        schedule = made_run.recipe.schedule.model_copy(update={"steps": 2})
+        changes = {"after": made_run.recipe, "schedule": schedule, "before_share": share}
+        folder = tmp_path / f"run-{share}"
+        shutil.copytree(made_run.folder, folder / "before")
+        train(made_run.recipe.model_copy(update=changes), folder, made_run.cache)
+        weights[share] = load_student(folder)[0].state_dict()
+    before = load_student(made_run.folder)[0].state_dict()
+    name = "keyword_head.weight"
+    assert not torch.equal(weights[0.0][name], before[name])
+    expected = 0.75 * weights[0.0][name] + 0.25 * before[name]
+    assert torch.allclose(weights[0.25][name], expected, atol=1e-6)
+
+
 def test_a_run_begun_before_a_setting_existed_goes_on(made_run: TinyRun, tmp_path: Path) -> None:
     shutil.copytree(made_run.folder, tmp_path / "run")
     path = tmp_path / "run/run.json"
