@@ -141,6 +141,8 @@ class Recipe(_Strict):
     # The share of those weights in the final ones: between both, new people are often told apart best (WiSE-FT,
     # Wortsman et al. 2022).
     before_share: float = Field(default=0.0, ge=0, lt=1)
+    # For the order of clips and what befalls them; the people set aside are the seed's. Default: the seed.
+    draws: int | None = None
     hints: HintsRecipe | None = None
     voices: VoicesRecipe | None = None
 
@@ -155,6 +157,10 @@ class Recipe(_Strict):
         if first is None and self.before_share:
             raise ValueError("before_share is a share of what comes first, and nothing does")
         return self
+
+    @property
+    def draws_seed(self) -> int:
+        return self.seed if self.draws is None else self.draws
 
     def at(self, root: Path) -> Recipe:
         """The same with its recordings below `root`."""

@@ -102,7 +102,7 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int |
         prepared.cache,
         prepared.labels,
         batch_size=recipe.schedule.batch_size,
-        seed=recipe.seed,
+        seed=recipe.draws_seed,
         sampling=recipe.sampling,
         augment=recipe.augment,
         steps=recipe.schedule.steps,
@@ -206,7 +206,7 @@ def _step(
     recipe: Recipe, step: int, batch: Batch, student: Edge, heads: TrainingHeads, optimizer: torch.optim.Optimizer
 ) -> dict[str, float]:
     """One update of all parameters with all tasks' losses added; returns the terms."""
-    torch.manual_seed(recipe.seed * 1_000_003 + step)
+    torch.manual_seed(recipe.draws_seed * 1_000_003 + step)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(recipe, step)
     student.train()

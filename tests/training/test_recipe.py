@@ -174,6 +174,7 @@ def test_recipe_survives_the_run_file() -> None:
 KINDS: dict[str, type[BaseModel]] = {
     "edge": Recipe,
     "edge-taught": Recipe,
+    "edge-again": Recipe,
     "teacher": PretrainRecipe,
     "distil": DistilRecipe,
     "finetune": FinetuneRecipe,

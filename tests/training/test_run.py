@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from tests.conftest import REPOSITORY
-from tests.training.conftest import TinyRun
+from tests.training.conftest import TinyRun, train_tiny
 from tests.training.made_data import tiny_recipe
 from training.errors import RunError
-from training.run import learning_rate, load_student, train
+from training.run import learning_rate, load_student, prepare, train
 from training.students.edge import Edge
 
 # Trains as `train` does, and kills itself with SIGKILL at the place named by the fourth argument.
@@ -249,6 +249,24 @@ def test_the_final_weights_can_lie_between_both_runs(made_run: TinyRun, tmp_path
     assert not torch.equal(weights[0.0][name], before[name])
     expected = 0.75 * weights[0.0][name] + 0.25 * before[name]
     assert torch.allclose(weights[0.25][name], expected, atol=1e-6)
+
+
+def test_other_draws_are_of_the_same_people(made_run: TinyRun, tmp_path: Path) -> None:
+    schedule = made_run.recipe.schedule.model_copy(update={"steps": 2})
+    once, again, other = (
+        train_tiny(
+            made_run.recipe.model_copy(update={"draws": draws, "schedule": schedule}),
+            tmp_path / f"run-{number}",
+            made_run.cache,
+        )
+        for number, draws in enumerate((None, made_run.recipe.seed, 99))
+    )
+    assert once.losses == again.losses
+    assert once.losses != other.losses
+    runs = [json.loads((run.folder / "run.json").read_text()) for run in (once, other)]
+    assert runs[0]["training_clips"] == runs[1]["training_clips"]
+    people = [prepare(run.recipe, run.cache).training for run in (once, other)]
+    assert people[0] == people[1]
 
 
 def test_a_run_begun_before_a_setting_existed_goes_on(made_run: TinyRun, tmp_path: Path) -> None:
