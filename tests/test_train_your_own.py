@@ -13,7 +13,7 @@ import yaml
 from tests.conftest import REPOSITORY, start_service, stop_service
 from tests.training.made_data import write_data
 from tests.training.test_finetune import distil_recipe, tune_recipe
-from tests.training.test_pretrain import recipe as pretrain_recipe
+from tests.training.chain import pretrain_recipe
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 SECTION = README.split("### Train your own")[1]
