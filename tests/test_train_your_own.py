@@ -11,9 +11,8 @@ from pathlib import Path
 import yaml
 
 from tests.conftest import REPOSITORY, start_service, stop_service
+from tests.training.chain import distil_recipe, pretrain_recipe, tune_recipe
 from tests.training.made_data import write_data
-from tests.training.test_finetune import distil_recipe, tune_recipe
-from tests.training.chain import pretrain_recipe
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 SECTION = README.split("### Train your own")[1]
