@@ -28,10 +28,6 @@ corpus = typer.Typer(help="Write the tables of a public corpus that was download
 app.add_typer(corpus, name="corpus")
 console = Console()
 RESULTS = Path("docs/results")
-COMPARED = """Teacher and students are the papers' scaled down to what two cores train (the recipes say how). Every
-distillation had {distillation} steps and every fine-tuning {finetuning}; where both are one step, half of their sum, as
-each of these takes the student through two batches. `passes` are those batches: rows that go on from another row, or
-were not distilled, have more or fewer. No recipe, checkpoint or threshold was chosen on the split reported here."""
 
 DataRoot = Annotated[Path | None, typer.Option("--data", help="Folder with manifest.csv; default: the recipe's.")]
 CorpusOut = Annotated[Path, typer.Option("--out", help="Folder for the tables.")]
@@ -162,7 +158,8 @@ def study(
 ) -> None:
     """Make a teacher, students from it in the ways that RECIPE lists, measure them all, and write a page."""
     from training.evaluation.page import write_page
-    from training.study import Setting, load_study, run_study
+    from training.plan import load_study
+    from training.study import Setting, run_study
 
     with _told():
         loaded = load_study(recipe)
@@ -187,7 +184,8 @@ def compare(
 ) -> None:
     """Train several studies of one teacher under one budget, measure them side by side, and write a page."""
     from training.evaluation.page import write_page
-    from training.study import Budget, Setting, join_studies, load_study, only_rows, run_study
+    from training.plan import Budget, join_studies, load_study, only_rows, under
+    from training.study import Setting, run_study
 
     with _told():
         joined, sections = join_studies([load_study(recipe) for recipe in recipes])
@@ -195,10 +193,8 @@ def compare(
             joined, sections = only_rows(joined, sections, only)
         steps = Budget.parse(budget)
         setting = Setting(run, cache, split, _command(), _say, data, steps, noisy=True, part=bool(only))
-        intro = COMPARED.format(distillation=steps.distillation, finetuning=steps.finetuning)
-        titled = joined.model_copy(update={"title": "Five papers, one teacher, one budget", "intro": intro})
         out = page or (run / "some.md" if only else RESULTS / "papers.md")
-        write_page(run_study(titled, setting, sections), out)
+        write_page(run_study(under(steps, joined), setting, sections), out)
     console.print(f"page: {out}")
 
 
@@ -260,9 +256,8 @@ def evaluate(
         context = served(found.path) if url is None else nullcontext(ServiceClient(url, api_key))
         with context as client:
             tables = read_data(data)
-            command = _command()
             if robust:
-                report = evaluate_robustness(client, tables, split=split, command=command, say=_say)
+                report = evaluate_robustness(client, tables, split=split, command=_command(), say=_say)
             else:
                 report = measure(
                     client,
@@ -271,7 +266,7 @@ def evaluate(
                     rows=row or default_rows(tables),
                     bundle=found,
                     peers_python=peers,
-                    command=command,
+                    command=_command(),
                     say=_say,
                 )
         if robust:

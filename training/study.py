@@ -13,14 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from typing import Any
 
 from model_store import Bundle, LocalStore, builtin_store_path
 from training.calibrate import TASKS, bundle_of
-from training.distil import DistilRecipe, distil
+from training.distil import distil
 from training.errors import RecipeError, RunError
 from training.evaluation.client import served
 from training.evaluation.cost import latencies_ms, multiply_accumulates
@@ -30,91 +27,16 @@ from training.finetune import HEADS, MASKS, FinetuneRecipe, finetune
 from training.finished import read_run
 from training.manifest import digest_tables, read_data
 from training.outcome import FIGURES, Measured, Outcome, Section, Shared, write_json
+from training.plan import Budget, StudyRecipe, distillation, tuning
 from training.pretrain import PretrainRecipe, pretrain
-from training.recipe import RecipeT, read_recipe
+from training.recipe import read_recipe
 from training.students.masks import load_masks, similarity
 from training.trainer import seconds_taken
 
 Say = Callable[[str], None]
-ScheduledT = TypeVar("ScheduledT", DistilRecipe, FinetuneRecipe)
 WEIGHTS = "model.safetensors"
 # Of a bundle that was not calibrated, as those of one task are not, these mean nothing.
 CALIBRATED = ("sv Cllr", "sv false")
-
-
-class Variant(BaseModel):
-    """A recipe of `sotto distil`, and what differs from it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    recipe: Path
-    changes: dict[str, Any] = Field(default_factory=dict)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _path_alone(cls, given: Any) -> Any:
-        return {"recipe": given} if isinstance(given, str | Path) else given
-
-
-class RowRecipe(BaseModel):
-    """One line of the table: a fine-tuned model, or (`bundle`) a built-in one beside which it stands."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    title: str
-    # "teacher", or the name of one of the study's distillations, or of a row above whose weights were trained.
-    init: str = "teacher"
-    # What differs from the study's fine-tuning recipe.
-    changes: dict[str, Any] = Field(default_factory=dict)
-    bundle: str | None = None
-    # Also measured under every noise and room (`sotto evaluate --robust`).
-    grid: bool = False
-    # Rows of masks with the same word here are meant to be used together, on one backbone.
-    together: str = ""
-
-
-# Against the reference: at least so many percent smaller and faster; at most so many points of accuracy lost and of
-# error rate gained.
-Mark = Literal["smaller", "faster", "accuracy", "eer"]
-
-
-class StudyRecipe(BaseModel):
-    """The whole file; paths are taken from the working directory."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
-    title: str
-    intro: str = ""
-    teacher: Path  # a recipe of `sotto pretrain`
-    distil: dict[str, Variant] = Field(default_factory=dict)
-    finetune: Path
-    rows: dict[str, RowRecipe] = Field(min_length=1)
-    # The row that the others are compared with, and the one that is held against the marks, if any.
-    reference: str = "reference"
-    student: str = ""
-    marks: dict[Mark, float] = Field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """Steps that every recipe of a comparison gets.
-
-    A step of OS-KDFT takes the student through both tasks' audio, so it gets half of their sum: as many passes.
-    """
-
-    distillation: int
-    finetuning: int
-
-    @classmethod
-    def parse(cls, text: str) -> Budget:
-        """From "800+1600". Raises RecipeError."""
-        parts = text.split("+")
-        if len(parts) != 2 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-            raise RecipeError(
-                f"the budget is {text!r}; wanted are steps of distillation and of fine-tuning, as in 800+1600"
-            )
-        return cls(int(parts[0]), int(parts[1]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,129 +52,6 @@ class Setting:
     budget: Budget | None = None
     noisy: bool = False
     part: bool = False  # some rows of a larger study, whose stored outcome is left alone
-
-
-def load_study(path: Path) -> StudyRecipe:
-    """Raises RecipeError, also where one of the recipes that it names is wrong."""
-    study = read_recipe(path, StudyRecipe)
-    check_study(study, str(path))
-    return study
-
-
-def check_study(study: StudyRecipe, where: str) -> None:
-    """Raises RecipeError where its parts do not fit together."""
-    read_recipe(study.teacher, PretrainRecipe)
-    for name in study.distil:
-        if distillation(study, name).shape == "edge":
-            raise RecipeError(f"{where}: {name} distils an edge student, which `sotto train` goes on with (`init`)")
-    known = {"teacher", *study.distil}
-    for name in known & study.rows.keys():
-        raise RecipeError(f"{where}: {name!r} is both a row and what rows begin with")
-    together: dict[str, Any] = {}
-    for name, row in study.rows.items():
-        if row.bundle is not None:
-            continue
-        recipe = tuning(study, name)
-        if row.init not in known:
-            raise RecipeError(f"{where}: row {name} begins with {row.init!r}, which the study does not distil")
-        if recipe.mode != "masks":
-            known.add(name)
-        if row.together:
-            like = (recipe.mode, row.init, recipe.masks)
-            if recipe.mode != "masks" or together.setdefault(row.together, like) != like:
-                raise RecipeError(f"{where}: rows together need `mode: masks`, one init and the same masks; see {name}")
-    if study.marks and not study.student:
-        raise RecipeError(f"{where}: marks need a row to be held against: student")
-    for named in (study.reference, *((study.student,) if study.student else ())):
-        if named not in study.rows:
-            raise RecipeError(f"{where}: there is no row {named!r}")
-
-
-def join_studies(studies: Sequence[StudyRecipe]) -> tuple[StudyRecipe, list[Section]]:
-    """One study with all their rows, and a section for each. Raises RecipeError where they are not of one teacher,
-    or mean two things by one name."""
-    first = studies[0]
-    distil: dict[str, Variant] = {}
-    rows: dict[str, RowRecipe] = {}
-    sections = []
-    for study in studies:
-        for what, own, whole in (
-            ("teacher", study.teacher, first.teacher),
-            ("finetune", study.finetune, first.finetune),
-            ("reference", study.reference, first.reference),
-        ):
-            if own != whole:
-                raise RecipeError(f"{study.name} and {first.name} differ in {what}: {own}, {whole}")
-        _gather(distil, study.distil, study.name)
-        _gather(rows, study.rows, study.name)
-        sections.append(Section(study.title, study.intro, list(study.rows)))
-    joined = first.model_copy(update={"distil": distil, "rows": rows})
-    check_study(joined, "together")
-    return joined, sections
-
-
-def only_rows(
-    study: StudyRecipe, sections: Sequence[Section], names: Sequence[str]
-) -> tuple[StudyRecipe, list[Section]]:
-    """The study cut down to these rows, the reference, and what they begin with. Raises RecipeError."""
-    wanted = {study.reference}
-    queue = list(names)
-    while queue:
-        name = queue.pop()
-        if name not in study.rows and name not in study.distil:
-            raise RecipeError(f"there is no row {name!r}; there are {', '.join(study.rows)}")
-        wanted.add(name)
-        if name in study.rows and study.rows[name].init in study.rows:
-            queue.append(study.rows[name].init)
-    rows = {name: row for name, row in study.rows.items() if name in wanted}
-    begun = wanted | {row.init for row in rows.values()}
-    distil = {name: variant for name, variant in study.distil.items() if name in begun}
-    cut = [Section(one.title, one.about, [name for name in one.rows if name in rows]) for one in sections]
-    return study.model_copy(update={"rows": rows, "distil": distil}), [one for one in cut if one.rows]
-
-
-def _gather(whole: dict[str, Any], own: Mapping[str, Any], study: str) -> None:
-    for name, part in own.items():
-        if whole.setdefault(name, part) != part:
-            raise RecipeError(f"{study} means something else by {name!r} than a study before it")
-
-
-def distillation(study: StudyRecipe, name: str, budget: Budget | None = None) -> DistilRecipe:
-    """One of the study's distillations. Raises RecipeError."""
-    variant = study.distil[name]
-    recipe = _changed(read_recipe(variant.recipe, DistilRecipe), variant.changes, name)
-    return recipe if budget is None else _with_steps(recipe, budget.distillation)
-
-
-def tuning(study: StudyRecipe, row: str, budget: Budget | None = None) -> FinetuneRecipe:
-    """The study's fine-tuning recipe with the row's changes. Raises RecipeError."""
-    recipe = _changed(read_recipe(study.finetune, FinetuneRecipe), study.rows[row].changes, row)
-    if budget is None:
-        return recipe
-    if recipe.one_step is None:
-        return _with_steps(recipe, budget.finetuning)
-    return _with_steps(recipe, (budget.finetuning + budget.distillation) // 2)
-
-
-def _changed(recipe: RecipeT, changes: Mapping[str, Any], name: str) -> RecipeT:
-    """Sections are changed setting by setting."""
-    shared = recipe.model_dump(mode="json")
-    merged = {
-        **shared,
-        **{
-            key: {**shared[key], **value} if isinstance(value, dict) and isinstance(shared.get(key), dict) else value
-            for key, value in changes.items()
-        },
-        "name": name,
-    }
-    try:
-        return type(recipe).model_validate(merged)
-    except ValidationError as error:
-        raise RecipeError(f"row {name}: {yaml.safe_dump(dict(changes)).strip()}: {error}") from error
-
-
-def _with_steps(recipe: ScheduledT, steps: int) -> ScheduledT:
-    return recipe.model_copy(update={"schedule": recipe.schedule.model_copy(update={"steps": steps})})
 
 
 def run_study(study: StudyRecipe, setting: Setting, sections: Sequence[Section] = ()) -> Outcome:

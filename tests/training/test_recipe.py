@@ -13,9 +13,9 @@ from tests.conftest import REPOSITORY
 from training.distil import DistilRecipe
 from training.errors import RecipeError
 from training.finetune import FinetuneRecipe
+from training.plan import StudyRecipe, tuning
 from training.pretrain import PretrainRecipe
 from training.recipe import Recipe, load_recipe, read_recipe
-from training.study import StudyRecipe, tuning
 
 LEAST: dict[str, Any] = {"name": "least", "data": {"root": "here"}, "schedule": {"steps": 10, "batch_size": 4}}
 
@@ -191,7 +191,7 @@ def test_shipped_recipe_loads_and_has_the_name_of_its_file(path: Path) -> None:
 def test_shipped_study_names_recipes_that_load() -> None:
     """Its paths are taken from the working directory, which is the repository's root for every command in README."""
     study = read_recipe(REPOSITORY / "training/recipes/kerpicci.yaml", StudyRecipe)
-    for path in (study.teacher, study.finetune, *study.distil.values()):
+    for path in (study.teacher, study.finetune, *(variant.recipe for variant in study.distil.values())):
         assert (REPOSITORY / path).is_file()
     assert study.student in study.rows
 

@@ -16,17 +16,16 @@ from training.errors import RecipeError
 from training.evaluation.page import comparison, grid, marks, shared, table, write_page
 from training.evaluation.report import Figure
 from training.outcome import Measured, Outcome, Section, Shared
-from training.study import (
+from training.plan import (
     Budget,
-    Setting,
     StudyRecipe,
     distillation,
     join_studies,
     load_study,
     only_rows,
-    run_study,
     tuning,
 )
+from training.study import Setting, run_study
 
 
 def figures(accuracy: float, eer: float, parameters: float, ms: float) -> list[Figure]:
