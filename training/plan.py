@@ -193,7 +193,9 @@ def _gather(whole: dict[str, Any], own: Mapping[str, Any], study: str) -> None:
 def distillation(study: StudyRecipe, name: str, budget: Budget | None = None) -> DistilRecipe:
     """One of the study's distillations. Raises RecipeError."""
     variant = study.distil[name]
-    recipe = _changed(read_recipe(variant.recipe, DistilRecipe), variant.changes, name)
+    recipe = read_recipe(variant.recipe, DistilRecipe)
+    # It keeps its name: what was distilled outside of a study is gone on with in one.
+    recipe = _changed(recipe, variant.changes, recipe.name)
     return recipe if budget is None else _with_steps(recipe, budget.distillation)
 
 

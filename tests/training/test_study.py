@@ -12,6 +12,7 @@ import yaml
 from tests.conftest import REPOSITORY
 from tests.training.chain import distil_recipe, pretrain_recipe, tune_recipe
 from training import study as study_module
+from training.distil import DistilRecipe
 from training.errors import RecipeError
 from training.evaluation.page import comparison, grid, marks, shared, table, write_page
 from training.evaluation.report import Figure
@@ -25,6 +26,7 @@ from training.plan import (
     only_rows,
     tuning,
 )
+from training.recipe import read_recipe
 from training.study import Setting, run_study
 
 
@@ -254,6 +256,11 @@ def test_everyone_gets_the_same_budget() -> None:
     steps = {name: tuning(joined, name, budget).schedule.steps for name in joined.rows}
     assert {name for name, count in steps.items() if count != 70} == {"os-kdft-a", "os-kdft-b"}
     assert steps["os-kdft-a"] == 50
+
+
+def test_a_distillation_of_a_study_is_the_recipe_s_own() -> None:
+    study = load_study(REPOSITORY / "training/recipes/kerpicci.yaml")
+    assert distillation(study, "distilled") == read_recipe(REPOSITORY / "training/recipes/distil.yaml", DistilRecipe)
 
 
 @pytest.mark.parametrize("text", ["800", "0+5", "a+b", "1+2+3", "-1+5"])
