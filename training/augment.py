@@ -6,6 +6,7 @@ so that step n of a run is the same whether or not the run was interrupted befor
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -86,6 +87,11 @@ class Augmenter:
         stretch = np.resize(self._cache.read(path, start, start + length), length)
         # A stretch of digital silence has no level to be set.
         return stretch if stretch.any() else rng.standard_normal(length).astype(np.float32)
+
+
+def drawn_for(name: str) -> np.random.Generator:
+    """The same for the same name, whatever was drawn before."""
+    return np.random.default_rng(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big"))
 
 
 def change_speed(waveform: Waveform, factor: float) -> Waveform:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from training.errors import RecipeError
 from training.evaluation.report import Figure, Report
+from training.files import write_json
 
 FIGURES = "figures.json"
 
@@ -87,10 +87,3 @@ class Outcome:
 
     def write(self, folder: Path) -> None:
         write_json(asdict(self), folder / FIGURES)
-
-
-def write_json(content: Any, path: Path) -> None:
-    """A crash leaves the old file or the new one."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    partial.replace(path)

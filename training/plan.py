@@ -166,13 +166,13 @@ def only_rows(
     queue = list(names)
     while queue:
         name = queue.pop()
-        if name not in study.rows and name not in study.distil:
+        if name not in study.rows:
             raise RecipeError(f"there is no row {name!r}; there are {', '.join(study.rows)}")
         wanted.add(name)
-        if name in study.rows and study.rows[name].init in study.rows:
+        if study.rows[name].init in study.rows:
             queue.append(study.rows[name].init)
     rows = {name: row for name, row in study.rows.items() if name in wanted}
-    begun = wanted | {row.init for row in rows.values()}
+    begun = {row.init for row in rows.values()}
     distil = {name: variant for name, variant in study.distil.items() if name in begun}
     cut = [Section(one.title, one.about, [name for name in one.rows if name in rows]) for one in sections]
     return study.model_copy(update={"rows": rows, "distil": distil}), [one for one in cut if one.rows]

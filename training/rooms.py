@@ -16,7 +16,7 @@ import pyroomacoustics
 import soundfile
 
 from training.audio_cache import SAMPLE_RATE_HZ, Waveform
-from training.augment import DIRECT_SOUND_SAMPLES
+from training.augment import DIRECT_SOUND_SAMPLES, drawn_for
 from training.manifest import Data, Recording
 
 CORPUS = "simulated"
@@ -75,7 +75,7 @@ def simulated(folder: Path, count: int, seed: int) -> list[Recording]:
 
 def evaluation_rooms(t60s_s: Sequence[float]) -> list[Room]:
     """One for each reverberation time that is asked for; never one of `simulated`, whatever its seed."""
-    return [simulate(_draws("evaluation", number), (t60_s, t60_s)) for number, t60_s in enumerate(t60s_s)]
+    return [simulate(drawn_for(f"evaluation: room {number}"), (t60_s, t60_s)) for number, t60_s in enumerate(t60s_s)]
 
 
 def with_rooms(data: Data, count: int, folder: Path, seed: int) -> Data:
@@ -88,17 +88,12 @@ def _files(folder: Path, count: int, seed: int) -> Iterator[Path]:
     for number in range(count):
         path = folder / f"{number:04d}.flac"
         if not path.is_file():
-            response = simulate(_draws(f"training {seed}", number)).response
+            response = simulate(drawn_for(f"training {seed}: room {number}")).response
             # Of one name for each process, should two make the same room at once.
             partial = folder / f"{number:04d}-{np.random.default_rng().integers(2**32)}.partial"
             soundfile.write(partial, response, SAMPLE_RATE_HZ, format="FLAC", subtype="PCM_24")
             partial.replace(path)
         yield path
-
-
-def _draws(purpose: str, number: int) -> np.random.Generator:
-    digest = hashlib.sha256(f"{purpose}: room {number}".encode()).digest()
-    return np.random.default_rng(int.from_bytes(digest[:16], "big"))
 
 
 def _t60_s(response: Waveform) -> float:

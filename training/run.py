@@ -25,6 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 from training.audio_cache import SAMPLE_RATE_HZ, AudioCache
 from training.batches import NO_SPEAKER, Batch, BatchSource, batches
 from training.errors import RunError
+from training.files import write_json
 from training.hints import HintCache, HintHead, SpeechEmbedding
 from training.manifest import CALIBRATION_FOLD, Clip, Data, digest_data, labels_of, read_data
 from training.monitor import watch
@@ -339,9 +340,7 @@ def _write_run_file(recipe: Recipe, folder: Path, prepared: Prepared, source: Ba
         "speakers": len(source.speakers),
         "parameters": sum(parameter.numel() for parameter in student.parameters()),
     }
-    partial = folder / "run.partial"
-    partial.write_text(json.dumps(run, indent=1, ensure_ascii=False), encoding="utf-8")
-    partial.replace(path)
+    write_json(run, path)
 
 
 def git_revision() -> str:

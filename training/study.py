@@ -9,6 +9,7 @@ others go on.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -23,10 +24,12 @@ from training.evaluation.client import served
 from training.evaluation.cost import latencies_ms, multiply_accumulates
 from training.evaluation.report import Figure, Report, evaluate
 from training.evaluation.robust import NOISY, evaluate_robustness
+from training.evaluation.tasks import COMMAND_CORPORA
+from training.files import write_json
 from training.finetune import HEADS, MASKS, FinetuneRecipe, finetune
 from training.finished import read_run
 from training.manifest import digest_tables, read_data
-from training.outcome import FIGURES, Measured, Outcome, Section, Shared, write_json
+from training.outcome import FIGURES, Measured, Outcome, Section, Shared
 from training.plan import Budget, StudyRecipe, distillation, tuning
 from training.pretrain import PretrainRecipe, pretrain
 from training.recipe import read_recipe
@@ -155,7 +158,7 @@ class _Made:
                 self._folders[name], self._seconds[name], self._passes[name] = run / "model", seconds, passes
             extra.append(Figure("passes", passes, "", "batches of audio that went through the student"))
             extra.append(Figure("parameters, training heads included", read_run(run)["parameters"] / 1e6, "M"))
-            if seconds:
+            if math.isfinite(seconds):
                 extra.append(Figure("training", seconds / 60, "min", "distillation included, the teacher not"))
         extra.append(Figure("parameters", bundle.manifest.graph.parameters / 1e6, "M"))
         report = self._measured(name, bundle, tasks)
@@ -185,7 +188,8 @@ class _Made:
         path.parent.mkdir(exist_ok=True)
         corpora = None if self._study.rows[name].bundle else tuning(self._study, name).corpora
         # A model of some corpora's words is not compared with one that has to tell all of them apart.
-        spoken = ("keywords", "asc") if corpora is None else ("asc",) if "asc" in corpora else ("commands",)
+        rows = (("asc", {"asc"}), ("commands", set(COMMAND_CORPORA)))
+        spoken = ["keywords", "asc"] if corpora is None else [row for row, heard in rows if heard & set(corpora)]
         wanted = [*(spoken if "keywords" in tasks else ()), *(("sv",) if "speakers" in tasks else ())]
         disturbed = ["all"] if grid else [NOISY] if setting.noisy else []
         key = {

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.tensorboard import SummaryWriter
 
 from training.errors import RunError
+from training.files import write_json
 from training.progress import training_progress
 
 BatchT = TypeVar("BatchT")
@@ -175,9 +176,9 @@ def is_finished(folder: Path) -> bool:
 
 
 def seconds_taken(folder: Path) -> float:
-    """By the run in `folder` up to its last checkpoint, looks at the fold included; 0 where that was not noted."""
-    path = folder / "last.pt"
-    return float(torch.load(path, weights_only=True, map_location="cpu").get("seconds", 0.0)) if path.is_file() else 0.0
+    """By the run in `folder` up to its last checkpoint, looks at the fold included; not a number where some of it
+    was not noted."""
+    return float(torch.load(folder / "last.pt", weights_only=True, map_location="cpu").get("seconds", math.nan))
 
 
 @dataclass(slots=True)
@@ -220,7 +221,7 @@ class _Progress:
         job.stage.load_state_dict(state["stage"])
         optimizer.load_state_dict(state["optimizer"])
         self.step, self.best = int(state["step"]), float(state["best"])
-        self.seconds = float(state.get("seconds", 0.0))
+        self.seconds = float(state.get("seconds", math.nan))
         self.looks_since, self.stopped = int(state["looks_since"]), bool(state["stopped"])
 
 
@@ -329,9 +330,7 @@ def _claim(job: Job[Any]) -> None:
         "torch": torch.__version__,
         "parameters": sum(parameter.numel() for parameter in job.stage.parameters()),
     }
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(run, indent=1, ensure_ascii=False), encoding="utf-8")
-    partial.replace(path)
+    write_json(run, path)
 
 
 def _is_same_run(job: Job[Any], stored: dict[str, Any], identity: dict[str, Any]) -> bool:

@@ -79,6 +79,7 @@ def test_marks_are_met_or_missed() -> None:
     assert [line.rsplit("|", 2)[1].strip() for line in lines[-4:]] == ["met", "missed", "missed", "met"]
     assert "| at least 75 | 75.00 |" in lines[-4]
     assert marks(OUTCOME) == []
+    assert marks(replace(OUTCOME, student="")) == []
     assert marks(replace(OUTCOME, marks=wanted, student="broken")) == []
 
 
@@ -98,6 +99,7 @@ def test_the_page_names_the_command_and_has_its_plots(tmp_path: Path) -> None:
 
 JOINED = replace(
     OUTCOME,
+    student="",
     sections=[Section("First paper", "What it is.", ["reference", "broken"]), Section("Second", "", ["student"])],
     shared=[Shared(["reference", "student"], 10.0, [0.1, 0.1], [0.4, 0.4], [("reference", "student", 0.95)])],
 )

@@ -121,16 +121,15 @@ def comparison(outcome: Outcome) -> list[str]:
 
 def marks(outcome: Outcome) -> list[str]:
     """Whether the student reaches what it was meant to, one line for each mark."""
-    reference, student = outcome.rows[outcome.reference], outcome.rows[outcome.student]
-    if not outcome.marks or reference.error or student.error:
+    if not outcome.marks:
         return []
+    reference, student = outcome.rows[outcome.reference], outcome.rows[outcome.student]
+    if reference.error or student.error:
+        return []
+    size, time = (student.value(name) / reference.value(name) for name in ("parameters", ONE_THREAD))
     found = {
-        "smaller": ("parameters, % fewer", (1 - student.value("parameters") / reference.value("parameters")) * 100, 1),
-        "faster": (
-            "time on one thread, % less",
-            (1 - student.value(ONE_THREAD) / reference.value(ONE_THREAD)) * 100,
-            1,
-        ),
+        "smaller": ("parameters, % fewer", (1 - size) * 100, 1),
+        "faster": ("time on one thread, % less", (1 - time) * 100, 1),
         "accuracy": ("accuracy lost, points", reference.value(ACCURACY) - student.value(ACCURACY), -1),
         "eer": ("EER gained, points", student.value(EER) - reference.value(EER), -1),
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Sequence
 from functools import lru_cache
@@ -12,7 +11,7 @@ import numpy as np
 import soundfile
 
 from training.audio_cache import SAMPLE_RATE_HZ, Waveform, decode
-from training.augment import mix, reverberate
+from training.augment import drawn_for, mix, reverberate
 from training.evaluation.client import Upload
 from training.manifest import Clip, Recording
 
@@ -43,7 +42,7 @@ def disturbed(clip: Clip, noises: Sequence[Recording], snr_db: float | None, roo
     """
     samples = decode(clip.path)
     if rooms:
-        samples = reverberate(samples, rooms[int(_draws(f"room of {clip.key}").integers(len(rooms)))])
+        samples = reverberate(samples, rooms[int(drawn_for(f"room of {clip.key}").integers(len(rooms)))])
     return as_wav(samples if snr_db is None else _noisy(samples, clip, noises, snr_db))
 
 
@@ -61,16 +60,11 @@ def _type(path: Path) -> str:
 
 
 def _noisy(speech: Waveform, clip: Clip, noises: Sequence[Recording], snr_db: float) -> Waveform:
-    rng = _draws(clip.key)
+    rng = drawn_for(clip.key)
     noise = _noise(noises[int(rng.integers(len(noises)))].path)
     start = int(rng.integers(max(1, len(noise) - len(speech))))
     piece = np.resize(noise[start:], len(speech)) if len(noise) - start < len(speech) else noise[start:][: len(speech)]
     return mix(speech, piece, snr_db)
-
-
-def _draws(name: str) -> np.random.Generator:
-    digest = hashlib.sha256(name.encode()).digest()
-    return np.random.default_rng(int.from_bytes(digest[:8], "big"))
 
 
 # A split's noises are a few minutes, and each is mixed with hundreds of clips.

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from training.audio_cache import Waveform, decode
+from training.calibrate import TASKS
 from training.errors import MeasurementError
 from training.evaluation.client import ServiceClient, Upload
 from training.evaluation.plots import draw_into
@@ -28,7 +29,6 @@ from training.rooms import Room, evaluation_rooms
 LEVELS_DB = (None, 20.0, 10.0, 5.0, 0.0)
 # What the simulated rooms are asked for; the figures name what they have.
 T60_S = (0.3, 0.6, 0.9)
-TASKS = ("keywords", "speakers")
 DRY, REVERBERANT = "dry", "reverberant"
 
 Say = Callable[[str], None]
@@ -95,7 +95,8 @@ def evaluate_robustness(
         raise MeasurementError(f"there is no noise of the {split} split in noise.csv")
     model = client.model()
     report = Report(f"{model['name']}@{model['version']}", split, command)
-    spoken = [clip for clip in data.split(split) if clip.corpus == "asc" and "keywords" in tasks]
+    known = set(client.keywords()) if "keywords" in tasks else set()
+    spoken = [clip for clip in data.split(split) if clip.corpus == "asc" and clip.label in known]
     for condition in everything:
         if only is not None and condition.name not in only:
             continue
