@@ -23,7 +23,7 @@ from service.errors import (
     ServiceError,
 )
 from service.middleware import RequestFrame
-from service.routes import analyze, embeddings, keywords, models, ops, speakers
+from service.routes import analyze, embeddings, identify, keywords, models, ops, speakers
 from service.routes.common import refuse_unknown_query, runtime_of
 from service.runtime import Runtime
 from service.settings import Settings
@@ -71,7 +71,7 @@ def create_app(settings: Settings) -> FastAPI:
         dependencies=[Depends(refuse_unknown_query)],
     )
     app.state.runtime = runtime
-    for module in (keywords, speakers, embeddings, analyze, models, ops):
+    for module in (keywords, identify, speakers, embeddings, analyze, models, ops):
         app.include_router(module.router)
     app.add_middleware(RequestFrame, metrics=runtime.metrics)
     app.add_exception_handler(ServiceError, _on_service_error)

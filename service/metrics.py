@@ -53,6 +53,11 @@ class Metrics:
         )
         for outcome in ("accepted", "rejected"):
             self.verifications.labels(outcome)
+        self.identifications = Counter(
+            "sotto_identifications_total", "Identification attempts by outcome.", ("outcome",), registry=registry
+        )
+        for outcome in ("identified", "unknown"):
+            self.identifications.labels(outcome)
         self.enrolment_clips = Counter(
             "sotto_enrolment_clips_total", "Enrolment clips by outcome.", ("outcome",), registry=registry
         )

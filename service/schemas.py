@@ -102,6 +102,27 @@ class VerifyAnswer(Claim):
     model: ModelInfo
 
 
+class IdentifiedCandidate(_Answer):
+    """One profile's score, as verify gives it."""
+
+    speaker_id: str
+    score: float
+    probability: float
+    cosine: float
+
+
+class IdentifyAnswer(_Answer):
+    """The best candidates, best first; `identified` is the first one where its score reaches the threshold."""
+
+    candidates: list[IdentifiedCandidate]
+    identified: str | None
+    compared: int
+    threshold: float
+    speech_s: float
+    snr_db: float
+    model: ModelInfo
+
+
 class SpeakerAnswer(_Answer):
     """One profile."""
 

@@ -53,11 +53,12 @@ def test_the_recording_is_heard_right(fresh: RunningService, shared_data: Path) 
     assert [event["keyword"] for event in found["detections"]] == ["ar:backward"]
 
 
-def test_enrol_and_verify(fresh: RunningService, shared_data: Path) -> None:
+def test_enrol_verify_and_identify(fresh: RunningService, shared_data: Path) -> None:
     assert shared_data.is_dir()
-    enrolled, same, other, listed = answers(fresh, BLOCKS[1])
+    enrolled, same, other, whose, listed = answers(fresh, BLOCKS[1])
     assert (enrolled["status"], enrolled["enrollments"]) == ("enrolled", 3)
     assert (same["accepted"], other["accepted"]) == (True, False)
+    assert whose["identified"] == "ada"
     assert [speaker["speaker_id"] for speaker in listed["speakers"]] == ["ada"]
 
 

@@ -38,7 +38,7 @@ from service.runtime import Runtime
 from service.schemas import Claim, EnrolAnswer, EnrolmentClip, ModelInfo, SpeakerAnswer, SpeakersAnswer, VerifyAnswer
 from service.speakers import scoring
 from service.speakers.enrolment import Candidate, judge
-from service.speakers.store import Enrolment, Profile
+from service.speakers.store import Array, Enrolment, Profile
 from service.speech import SpeechQuality, measure
 from service.timing import StageClock
 
@@ -160,7 +160,7 @@ async def verify(request: Request, caller: Infers, speaker_id: SpeakerId, model:
     engine = runtime.engine_for(model)
     profile = await ready_profile(runtime, engine, caller.tenant, speaker_id, deadline)
     (clip,) = await receive_clips(request, runtime.settings, clock, deadline, at_most=1)
-    outputs, quality = await _voice(runtime, clip, clock, deadline)
+    outputs, quality = await voice_of(runtime, clip, clock, deadline)
     with clock.stage("postprocess"):
         claim = decide(runtime, engine, profile, outputs)
     return answer(
@@ -246,13 +246,18 @@ async def find_profile(runtime: Runtime, tenant: str, speaker_id: str, deadline:
 async def ready_profile(runtime: Runtime, engine: Engine, tenant: str, speaker_id: str, deadline: float) -> Profile:
     """A profile that can be verified against. Raises NotFoundError, ProfileIncompleteError, ModelMismatchError."""
     profile = await find_profile(runtime, tenant, speaker_id, deadline)
+    check_ready(runtime, engine, profile)
+    return profile
+
+
+def check_ready(runtime: Runtime, engine: Engine, profile: Profile) -> None:
+    """Raises ProfileIncompleteError, ModelMismatchError."""
     _same_model(profile, engine)
     required_s = runtime.settings.enroll_required_speech_s
     if profile.speech_s < required_s:
         raise ProfileIncompleteError(
-            f"{profile.speech_s:.2f} s of speech enrolled, {required_s:.2f} s required; add clips"
+            f"{profile.speaker_id}: {profile.speech_s:.2f} s of speech enrolled, {required_s:.2f} s required; add clips"
         )
-    return profile
 
 
 def decide(runtime: Runtime, engine: Engine, profile: Profile, outputs: Outputs) -> Claim:
@@ -273,8 +278,12 @@ def decide(runtime: Runtime, engine: Engine, profile: Profile, outputs: Outputs)
 
 def score_against(engine: Engine, profile: Profile, outputs: Outputs) -> scoring.Score:
     """The claim's score."""
-    vector = scoring.profile_vector(np.stack([entry.embedding for entry in profile.enrolments]))
-    return scoring.score(vector, outputs.speaker_embedding, engine.manifest.speaker, engine.cohort)
+    return scoring.score(vector_of(profile), outputs.speaker_embedding, engine.manifest.speaker, engine.cohort)
+
+
+def vector_of(profile: Profile) -> Array:
+    """[D], unit length."""
+    return scoring.profile_vector(np.stack([entry.embedding for entry in profile.enrolments]))
 
 
 def _same_model(profile: Profile, engine: Engine) -> tuple[Enrolment, ...]:
@@ -289,7 +298,7 @@ def _same_model(profile: Profile, engine: Engine) -> tuple[Enrolment, ...]:
     return profile.enrolments
 
 
-async def _voice(runtime: Runtime, clip: Clip, clock: StageClock, deadline: float) -> tuple[Outputs, SpeechQuality]:
+async def voice_of(runtime: Runtime, clip: Clip, clock: StageClock, deadline: float) -> tuple[Outputs, SpeechQuality]:
     """Raises NoSpeechError where the clip holds none."""
     waveform = await runtime.decode(clip, clock, deadline)
     quality = measure(waveform)

@@ -39,11 +39,17 @@ def profile_vector(embeddings: Array) -> Array:
 
 def score(profile: Array, test: Array, info: SpeakerInfo, cohort: Array | None) -> Score:
     """Both vectors [D] of unit length."""
-    cosine = float(profile @ test)
-    raw = cosine
+    return scores(profile[None], test, info, cohort)[0]
+
+
+def scores(profiles: Array, test: Array, info: SpeakerInfo, cohort: Array | None) -> list[Score]:
+    """One test [D] against many profiles [n, D], all of unit length, in their order."""
+    cosines = profiles @ test
+    raw = cosines
     if cohort is not None:
-        raw = 0.5 * (_normalise(cosine, profile, cohort, info) + _normalise(cosine, test, cohort, info))
-    return Score(cosine, info.calibration.scale * raw + info.calibration.offset)
+        raw = 0.5 * (_normalise(cosines, profiles, cohort, info) + _normalise(cosines, test[None], cohort, info))
+    llr = info.calibration.scale * raw.astype(np.float64) + info.calibration.offset
+    return [Score(float(cosine), float(one)) for cosine, one in zip(cosines, llr, strict=True)]
 
 
 def probability(llr: float, prior: float) -> float:
@@ -54,8 +60,10 @@ def probability(llr: float, prior: float) -> float:
     return math.exp(log_odds) / (1.0 + math.exp(log_odds))
 
 
-def _normalise(cosine: float, side: Array, cohort: Array, info: SpeakerInfo) -> float:
-    against = cohort @ side
-    top = min(info.cohort_top, len(against))
-    closest = np.partition(against, len(against) - top)[len(against) - top :]
-    return (cosine - float(closest.mean())) / max(float(closest.std()), SMALLEST_DEVIATION)
+def _normalise(cosines: Array, sides: Array, cohort: Array, info: SpeakerInfo) -> Array:
+    """`cosines` [n] by the statistics of each side, [n, D] or one [1, D] for all."""
+    against = sides @ cohort.T
+    top = min(info.cohort_top, len(cohort))
+    closest = np.partition(against, len(cohort) - top, axis=1)[:, len(cohort) - top :]
+    normalised: Array = (cosines - closest.mean(axis=1)) / np.maximum(closest.std(axis=1), SMALLEST_DEVIATION)
+    return normalised

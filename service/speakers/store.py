@@ -6,6 +6,7 @@ deleted is gone from it: freed pages are overwritten and the log is emptied.
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -153,6 +154,16 @@ class ProfileStore:
                 .where(SpeakerRow.tenant == tenant, SpeakerRow.speaker_id > after)
                 .order_by(SpeakerRow.speaker_id)
                 .limit(limit)
+            )
+            return [_profile(row) for row in session.scalars(query)]
+
+    def named(self, tenant: str, speaker_ids: Sequence[str]) -> builtins.list[Profile]:
+        """Those of these speakers that there are, in order of their ids."""
+        with _translated(), Session(self._engine) as session:
+            query = (
+                select(SpeakerRow)
+                .where(SpeakerRow.tenant == tenant, SpeakerRow.speaker_id.in_(speaker_ids))
+                .order_by(SpeakerRow.speaker_id)
             )
             return [_profile(row) for row in session.scalars(query)]
 

@@ -19,10 +19,11 @@ ROUTES = {
     "detect": "/v1/keywords/detect",
     "enrol": f"/v1/speakers/{SPEAKER}/enrollments",
     "verify": f"/v1/speakers/{SPEAKER}/verify",
+    "identify": "/v1/speakers/identify",
     "embeddings": "/v1/embeddings",
     "analyze": "/v1/analyze",
 }
-ONE_CLIP_ROUTES = ("detect", "verify", "analyze")
+ONE_CLIP_ROUTES = ("detect", "verify", "identify", "analyze")
 BOUNDARY = "sotto-test-boundary"
 FORM_TYPE = f"multipart/form-data; boundary={BOUNDARY}"
 MOST_UPLOAD_BYTES = 50_000
@@ -112,7 +113,7 @@ def test_a_compressed_body(service: RunningService, route: str) -> None:
     problem(response, 415, "unsupported_media_type")
 
 
-@pytest.mark.parametrize("name", ["verify", "embeddings", "analyze"])
+@pytest.mark.parametrize("name", ["verify", "identify", "embeddings", "analyze"])
 def test_silence_where_a_voice_is_needed(service: RunningService, name: str) -> None:
     problem(service.post(ROUTES[name], silence(1.0)), 422, "no_speech")
 

@@ -11,16 +11,17 @@ from pydantic import BaseModel
 
 from service.app import create_app
 from service.errors import PROBLEM_JSON, Problem, ServiceError
-from service.routes import analyze, embeddings, keywords, models, ops, speakers
+from service.routes import analyze, embeddings, identify, keywords, models, ops, speakers
 from service.settings import Settings
 from tests.conftest import RunningService
 
-MODULES = (analyze, embeddings, keywords, models, ops, speakers)
+MODULES = (analyze, embeddings, identify, keywords, models, ops, speakers)
 OPERATIONS = {
     ("post", "/v1/keywords/detect"),
     ("get", "/v1/keywords"),
     ("post", "/v1/speakers/{speaker_id}/enrollments"),
     ("post", "/v1/speakers/{speaker_id}/verify"),
+    ("post", "/v1/speakers/identify"),
     ("get", "/v1/speakers"),
     ("get", "/v1/speakers/{speaker_id}"),
     ("delete", "/v1/speakers/{speaker_id}"),
@@ -41,6 +42,7 @@ ERROR_STATUSES = {
     ("get", "/v1/keywords"): CALLER_STATUSES | {"404"},
     ("post", "/v1/speakers/{speaker_id}/enrollments"): AUDIO_STATUSES | {"409"},
     ("post", "/v1/speakers/{speaker_id}/verify"): AUDIO_STATUSES | {"409"},
+    ("post", "/v1/speakers/identify"): AUDIO_STATUSES | {"409"},
     ("get", "/v1/speakers"): PROFILE_STATUSES,
     ("get", "/v1/speakers/{speaker_id}"): PROFILE_STATUSES | {"404"},
     ("delete", "/v1/speakers/{speaker_id}"): PROFILE_STATUSES | {"404"},

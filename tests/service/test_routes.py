@@ -7,19 +7,26 @@ import math
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 import soundfile
+from starlette.testclient import TestClient
 
 from model_store import LocalStore, Manifest
+from service.app import create_app
+from service.routes import identify
+from service.settings import Settings
 from tests.conftest import REPOSITORY, RunningService, Samples, encoded, voice
 
 COMPUTER = (REPOSITORY / "examples" / "computer.wav").read_bytes()
 FIVE_WORDS = (REPOSITORY / "examples" / "five-words.wav").read_bytes()
 DETECT, EMBEDDINGS, ANALYZE = "/v1/keywords/detect", "/v1/embeddings", "/v1/analyze"
+IDENTIFY = "/v1/speakers/identify"
+WAV = {"Content-Type": "audio/wav"}
 ADA, BOB = {"pitch_hz": 110.0}, {"pitch_hz": 230.0}
 
 
@@ -165,6 +172,67 @@ def test_a_profile_with_too_little_speech_verifies_no_one(service: RunningServic
     answer(service.post(f"/v1/speakers/{speakers}dan/enrollments", encoded(voice(1, **ADA))))
     response = service.post(f"/v1/speakers/{speakers}dan/verify", encoded(voice(2, **ADA)))
     assert (response.status_code, response.json()["code"]) == (409, "profile_incomplete")
+
+
+def test_a_voice_is_found_among_the_enrolled(service: RunningService, ada: str, speakers: str) -> None:
+    answer(service.post(f"/v1/speakers/{speakers}bob/enrollments", encoded(voice(4, **BOB))))
+    answer(service.post(f"/v1/speakers/{speakers}short/enrollments", encoded(voice(1, **ADA))))
+    clip = encoded(voice(3, seed=5, **ADA))
+    body = answer(service.post(IDENTIFY, clip, params={"top_k": 1000}))
+    verified = answer(service.post(f"/v1/speakers/{ada}/verify", clip))
+    own = {found["speaker_id"]: found for found in body["candidates"] if found["speaker_id"].startswith(speakers)}
+    assert own.keys() == {ada, f"{speakers}bob"}
+    assert {name: own[ada][name] for name in ("score", "probability", "cosine")} == pytest.approx(
+        {name: verified[name] for name in ("score", "probability", "cosine")}, abs=1e-3
+    )
+    assert body["compared"] == len(body["candidates"])
+    scores = [found["score"] for found in body["candidates"]]
+    assert scores == sorted(scores, reverse=True)
+    best = body["candidates"][0]
+    assert body["identified"] == (best["speaker_id"] if best["score"] >= body["threshold"] else None)
+    assert own[ada]["score"] > own[f"{speakers}bob"]["score"]
+
+
+def test_only_the_named_are_compared(service: RunningService, ada: str, speakers: str) -> None:
+    bob = f"{speakers}bob"
+    answer(service.post(f"/v1/speakers/{bob}/enrollments", encoded(voice(4, **BOB))))
+    clip = encoded(voice(3, seed=5, **ADA))
+    body = answer(service.post(IDENTIFY, clip, params={"candidates": [bob, bob]}))
+    assert ([found["speaker_id"] for found in body["candidates"]], body["compared"]) == ([bob], 1)
+    both = answer(service.post(IDENTIFY, clip, params={"candidates": [bob, ada], "top_k": 1}))
+    assert ([found["speaker_id"] for found in both["candidates"]], both["compared"]) == ([ada], 2)
+
+
+def test_named_candidates_must_be_there_and_ready(service: RunningService, ada: str, speakers: str) -> None:
+    clip = encoded(voice(2, **ADA))
+    answer(service.post(f"/v1/speakers/{speakers}short/enrollments", encoded(voice(1, **ADA))))
+    for other, expected in (
+        (f"{speakers}nobody", (404, "not_found")),
+        (f"{speakers}short", (409, "profile_incomplete")),
+    ):
+        response = service.post(IDENTIFY, clip, params={"candidates": [ada, other]})
+        assert (response.status_code, response.json()["code"]) == expected
+        assert other in response.json()["detail"]
+
+
+def test_all_profiles_are_compared_page_by_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip = encoded(voice(3, seed=5, **ADA))
+    with TestClient(create_app(Settings(data_dir=tmp_path))) as service:
+        for name, pitch in (("ada", ADA), ("bob", BOB), ("cy", {"pitch_hz": 160.0})):
+            answer(service.post(f"/v1/speakers/{name}/enrollments", content=encoded(voice(4, **pitch)), headers=WAV))
+        whole = answer(service.post(IDENTIFY, content=clip, headers=WAV))
+        assert (len(whole["candidates"]), whole["candidates"][0]["speaker_id"]) == (3, "ada")
+        for page in (1, 2, 3):
+            monkeypatch.setattr(identify, "PAGE", page)
+            assert answer(service.post(IDENTIFY, content=clip, headers=WAV)) == whole
+        first = answer(service.post(IDENTIFY, content=clip, headers=WAV, params={"top_k": 1}))
+        assert (first["candidates"], first["compared"]) == (whole["candidates"][:1], 3)
+
+
+def test_nobody_is_identified_where_nobody_is_enrolled(tmp_path: Path) -> None:
+    with TestClient(create_app(Settings(data_dir=tmp_path))) as service:
+        body = answer(service.post(IDENTIFY, content=encoded(voice(3)), headers=WAV))
+    assert (body["candidates"], body["identified"], body["compared"]) == ([], None, 0)
 
 
 def test_pages_cover_all_speakers_once(service: RunningService, speakers: str) -> None:

@@ -13,7 +13,7 @@ import pytest
 from model_store import Calibration, SpeakerInfo
 from service.errors import StorageUnavailableError
 from service.speakers.enrolment import Candidate, Refusal, judge
-from service.speakers.scoring import probability, profile_vector, score
+from service.speakers.scoring import probability, profile_vector, score, scores
 from service.speakers.store import Enrolment, ProfileStore
 from service.speech import SpeechQuality
 
@@ -48,6 +48,15 @@ def test_cohort_normalisation_by_hand() -> None:
         sides.append((float(unit(1) @ unit(1, 0.2)) - top.mean()) / top.std())
     result = score(unit(1), unit(1, 0.2), INFO, cohort)
     assert result.llr == pytest.approx(10 * np.mean(sides) - 5, rel=1e-4)
+
+
+@pytest.mark.parametrize("cohort", [None, np.stack([unit(1, 1), unit(1, 0, 1), unit(1, 0, 0, 2), unit(0, 1, 1)])])
+def test_many_profiles_score_as_each_does_alone(cohort: np.ndarray | None) -> None:
+    profiles, test = np.stack([unit(1), unit(0, 1), unit(1, 2, 3)]), unit(1, 0.2)
+    together = scores(profiles, test, INFO, cohort)
+    alone = [score(profile, test, INFO, cohort) for profile in profiles]
+    assert [one.llr for one in together] == pytest.approx([one.llr for one in alone], abs=1e-4)
+    assert [one.cosine for one in together] == pytest.approx([one.cosine for one in alone], abs=1e-6)
 
 
 def test_the_profile_is_the_unit_mean() -> None:
@@ -105,6 +114,12 @@ def test_tenants_do_not_see_each_other(store: ProfileStore) -> None:
     assert store.get("two", "ada") is None
     assert store.list("two", after="", limit=10) == []
     assert store.delete("two", "ada") is False
+
+
+def test_the_named_are_found_in_order_and_only_ones_own(store: ProfileStore) -> None:
+    for tenant, name in (("t", "bob"), ("t", "ada"), ("u", "eve")):
+        store.add(tenant, name, [enrolment(1)])
+    assert [one.speaker_id for one in store.named("t", ["bob", "eve", "ada", "nobody"])] == ["ada", "bob"]
 
 
 def test_listing_goes_on_after_the_last_id(store: ProfileStore) -> None:

@@ -54,9 +54,10 @@ class FakeClient:
         self.profiles[speaker_id] = keys
         return {"status": self.status, "clips": [{"accepted": key not in self.refused} for key in keys]}
 
-    def verify(self, speaker_id: str, upload: Upload) -> dict[str, Any] | None:
-        found = self.score(speaker_id, upload.data.decode())
-        return None if found is None else {"score": found[0], "cosine": found[1]}
+    def compare(self, upload: Upload, speaker_ids: Sequence[str]) -> dict[str, dict[str, Any]] | None:
+        found = {speaker_id: self.score(speaker_id, upload.data.decode()) for speaker_id in speaker_ids}
+        heard = {name: {"score": one[0], "cosine": one[1]} for name, one in found.items() if one is not None}
+        return heard or None
 
     def speaker_embedding(self, upload: Upload) -> list[float] | None:
         return self.embedding(upload.data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,8 @@ class Listener(FakeClient):
         self.profiles[speaker_id] = [str(len(upload.data)) for upload in uploads]
         return {"status": "enrolled", "clips": [{"accepted": True} for _ in uploads]}
 
-    def verify(self, _speaker_id: str, _upload: Upload) -> dict[str, Any]:
-        return {"score": 1.0, "cosine": 1.0}
+    def compare(self, _upload: Upload, speaker_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+        return {speaker_id: {"score": 1.0, "cosine": 1.0} for speaker_id in speaker_ids}
 
 
 def test_both_tasks_are_measured_under_every_condition(data: Data) -> None:

@@ -28,6 +28,8 @@ R = TypeVar("R")
 START_TIMEOUT_S = 60.0
 CONCURRENCY = 4
 RETRIES = 5
+# Their names stand in the address, which servers bound.
+CANDIDATES = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +69,17 @@ class ServiceClient:
         files = [("audio", (f"{index}", upload.data, upload.content_type)) for index, upload in enumerate(uploads)]
         return self._json(self._http.post(f"/v1/speakers/{speaker_id}/enrollments", files=files))
 
-    def verify(self, speaker_id: str, upload: Upload) -> dict[str, Any] | None:
-        """The answer of verify, or None where the service finds no speech in the clip."""
-        return self._heard(self._post(f"/v1/speakers/{speaker_id}/verify", upload, {}))
+    def compare(self, upload: Upload, speaker_ids: Sequence[str]) -> dict[str, dict[str, Any]] | None:
+        """The clip's score against each of these profiles, or None where the service finds no speech in it."""
+        found: dict[str, dict[str, Any]] = {}
+        for first in range(0, len(speaker_ids), CANDIDATES):
+            asked = list(speaker_ids[first : first + CANDIDATES])
+            query = {"candidates": asked, "top_k": len(asked)}
+            answer = self._heard(self._post("/v1/speakers/identify", upload, query))
+            if answer is None:
+                return None
+            found |= {one["speaker_id"]: one for one in answer["candidates"]}
+        return found
 
     def speaker_embedding(self, upload: Upload) -> list[float] | None:
         """The clip's, or None where the service finds no speech in it."""

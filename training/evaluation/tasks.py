@@ -233,7 +233,7 @@ def plan_trials(clips: Sequence[Clip], *, least_speakers: int = LEAST_SPEAKERS) 
 
 
 def run_trials(client: ServiceClient, trials: Trials, send: Sender = as_recorded) -> None:
-    """Enrol every speaker with recordings as they are, verify every test, as `send` disturbs it, against
+    """Enrol every speaker with recordings as they are, score every test, as `send` disturbs it, against
     everyone, delete the speakers; fills `trials`.
 
     What the service would turn away scores as low as can be: a test in which it hears no speech, and any
@@ -248,11 +248,11 @@ def run_trials(client: ServiceClient, trials: Trials, send: Sender = as_recorded
             if answer["status"] != "enrolled":
                 trials.unenrolled.add(name)
 
+        enrolled = [ids[name] for name in trials.speakers if name not in trials.unenrolled]
+
         def row(test: tuple[str, Clip]) -> list[tuple[float, float]]:
-            upload = send(test[1])
-            answers = [
-                None if name in trials.unenrolled else client.verify(ids[name], upload) for name in trials.speakers
-            ]
+            found = client.compare(send(test[1]), enrolled) or {}
+            answers = [found.get(ids[name]) for name in trials.speakers]
             return [TURNED_AWAY if one is None else (one["score"], one["cosine"]) for one in answers]
 
         scores = np.array(client.each(row, trials.tests), dtype=np.float64)

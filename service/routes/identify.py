@@ -1,0 +1,180 @@
+"""Which of the enrolled speakers a clip is spoken by, if any."""
+
+from __future__ import annotations
+
+import heapq
+from functools import partial
+from typing import Annotated
+
+import numpy as np
+from fastapi import APIRouter, Query, Request, Response
+
+from service.engine import Engine, Outputs
+from service.errors import (
+    InvalidSamplesError,
+    ModelMismatchError,
+    NoSpeechError,
+    NotFoundError,
+    ProfileIncompleteError,
+)
+from service.intake import deadline_of, receive_clips
+from service.routes.common import (
+    AUDIO_ERRORS,
+    PROFILE_ERRORS,
+    Infers,
+    ModelParameter,
+    answer,
+    audio_body,
+    clock_of,
+    model_info,
+    problems,
+    runtime_of,
+)
+from service.routes.speakers import MODEL_EXAMPLE, check_ready, vector_of, voice_of
+from service.runtime import Runtime
+from service.schemas import IdentifiedCandidate, IdentifyAnswer
+from service.speakers import scoring
+from service.speakers.store import Profile
+
+router = APIRouter(prefix="/v1/speakers", tags=["speakers"])
+
+# Profiles in memory at once; however many a tenant has.
+PAGE = 500
+MOST_NAMED = 1000
+EXAMPLE = {
+    "candidates": [
+        {"speaker_id": "ada", "score": 4.1, "probability": 0.98, "cosine": 0.71},
+        {"speaker_id": "grace", "score": -5.2, "probability": 0.01, "cosine": 0.18},
+    ],
+    "identified": "ada",
+    "compared": 2,
+    "threshold": 0.0,
+    "speech_s": 1.8,
+    "snr_db": 21.5,
+    "model": MODEL_EXAMPLE,
+}
+
+Scored = tuple[str, scoring.Score]
+
+
+@router.post(
+    "/identify",
+    summary="Whose voice is this?",
+    response_model=IdentifyAnswer,
+    responses={
+        200: {"content": {"application/json": {"example": EXAMPLE}}},
+        **problems(
+            *AUDIO_ERRORS,
+            *PROFILE_ERRORS,
+            InvalidSamplesError,
+            NoSpeechError,
+            NotFoundError,
+            ProfileIncompleteError,
+            ModelMismatchError,
+        ),
+    },
+    openapi_extra=audio_body(several=False),
+)
+async def identify(
+    request: Request,
+    caller: Infers,
+    candidates: Annotated[
+        list[str],
+        Query(
+            default_factory=list,
+            max_length=MOST_NAMED,
+            description="Speaker ids, repeated; default: every speaker of yours that is enrolled with this model.",
+        ),
+    ],
+    top_k: Annotated[int, Query(ge=1, le=MOST_NAMED, description="How many of the best to return.")] = 5,
+    model: ModelParameter = None,
+) -> Response:
+    """Scores are those of verify. The more candidates, the likelier a stranger's best one reaches the threshold."""
+    runtime, clock = runtime_of(request), clock_of(request)
+    deadline = deadline_of(request, runtime.settings)
+    engine = runtime.engine_for(model)
+    named = None
+    if candidates:
+        named = await _named(runtime, engine, caller.tenant, list(dict.fromkeys(candidates)), deadline)
+    (clip,) = await receive_clips(request, runtime.settings, clock, deadline, at_most=1)
+    outputs, quality = await voice_of(runtime, clip, clock, deadline)
+    with clock.stage("postprocess"):
+        if named is None:
+            best, compared = await _best_of_all(runtime, engine, caller.tenant, outputs, top_k, deadline)
+        else:
+            best, compared = _best(top_k, _scored(engine, named, outputs)), len(named)
+    threshold = engine.manifest.speaker.threshold
+    identified = best[0][0] if best and best[0][1].llr >= threshold else None
+    runtime.metrics.identifications.labels("unknown" if identified is None else "identified").inc()
+    return answer(
+        IdentifyAnswer(
+            candidates=[
+                IdentifiedCandidate(
+                    speaker_id=speaker_id,
+                    score=round(score.llr, 4),
+                    probability=round(scoring.probability(score.llr, runtime.settings.prior), 6),
+                    cosine=round(score.cosine, 5),
+                )
+                for speaker_id, score in best
+            ],
+            identified=identified,
+            compared=compared,
+            threshold=threshold,
+            speech_s=round(quality.speech_s, 3),
+            snr_db=round(quality.snr_db, 1),
+            model=model_info(engine),
+        )
+    )
+
+
+async def _named(runtime: Runtime, engine: Engine, tenant: str, ids: list[str], deadline: float) -> list[Profile]:
+    """Whoever is asked for by name must be there and ready. Raises NotFoundError, ProfileIncompleteError,
+    ModelMismatchError."""
+    profiles = await runtime.with_profiles(lambda: runtime.profiles.named(tenant, ids), deadline)
+    missing = sorted(set(ids) - {profile.speaker_id for profile in profiles})
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise NotFoundError(f"no speaker {', '.join(repr(name[:128]) for name in missing[:5])}{more}")
+    for profile in profiles:
+        check_ready(runtime, engine, profile)
+    return profiles
+
+
+async def _best_of_all(
+    runtime: Runtime, engine: Engine, tenant: str, outputs: Outputs, top_k: int, deadline: float
+) -> tuple[list[Scored], int]:
+    """Page by page, so that others get their turn at the database and a deadline can pass in between."""
+
+    def page(after: str) -> tuple[list[Profile], list[Scored]]:
+        found = runtime.profiles.list(tenant, after=after, limit=PAGE)
+        return found, _scored(engine, [one for one in found if _is_ready(runtime, engine, one)], outputs)
+
+    best: list[Scored] = []
+    after, compared = "", 0
+    while True:
+        found, scored = await runtime.with_profiles(partial(page, after), deadline)
+        best = _best(top_k, [*best, *scored])
+        compared += len(scored)
+        if len(found) < PAGE:
+            return best, compared
+        after = found[-1].speaker_id
+
+
+def _is_ready(runtime: Runtime, engine: Engine, profile: Profile) -> bool:
+    try:
+        check_ready(runtime, engine, profile)
+    except (ProfileIncompleteError, ModelMismatchError):
+        return False
+    return True
+
+
+def _scored(engine: Engine, profiles: list[Profile], outputs: Outputs) -> list[Scored]:
+    if not profiles:
+        return []
+    vectors = np.stack([vector_of(profile) for profile in profiles])
+    found = scoring.scores(vectors, outputs.speaker_embedding, engine.manifest.speaker, engine.cohort)
+    return [(profile.speaker_id, score) for profile, score in zip(profiles, found, strict=True)]
+
+
+def _best(top_k: int, scored: list[Scored]) -> list[Scored]:
+    return heapq.nsmallest(top_k, scored, key=lambda one: (-one[1].llr, one[0]))
