@@ -58,8 +58,8 @@ class _SpeakerFit:
     note: str
 
 
-def bundle_of(run: Path, data_root: Path, *, say: Say) -> Bundle:
-    """The draft in `run`/bundle of a finished run; exported and calibrated where that has not been done.
+def bundle_of(run: Path, data_root: Path, *, say: Say, fitted: bool = True) -> Bundle:
+    """The draft in `run`/bundle of a finished run; exported and calibrated (`fitted`) where that has not been done.
 
     A run of one task is left uncalibrated: there is nothing to fit the other task's part on. Raises
     TrainingError.
@@ -70,7 +70,7 @@ def bundle_of(run: Path, data_root: Path, *, say: Say) -> Bundle:
             fresh = Path(work) / "bundle"
             say(f"exporting {run}")
             recipe = export(run, fresh, name=f"sotto-{name_of(run)}", data_root=data_root).lineage.recipe
-            if len(recipe.get("tasks", TASKS)) == len(TASKS):
+            if fitted and len(recipe.get("tasks", TASKS)) == len(TASKS):
                 calibrate(fresh, data_root=data_root, say=say)
             fresh.replace(draft)
     return open_bundle(draft)

@@ -33,6 +33,7 @@ class Section:
     title: str
     about: str
     rows: list[str]
+    remarks: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,7 @@ class Outcome:
     marks: dict[str, float] = field(default_factory=dict)
     sections: list[Section] = field(default_factory=list)
     shared: list[Shared] = field(default_factory=list)
+    remarks: str = ""
 
     @classmethod
     def read(cls, folder: Path) -> Outcome:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -49,6 +49,8 @@ class RowRecipe(BaseModel):
     # What differs from the study's fine-tuning recipe.
     changes: dict[str, Any] = Field(default_factory=dict)
     bundle: str | None = None
+    # Exported and timed, nothing more: for models of full size that were trained for some steps only.
+    timed_only: bool = False
     # Also measured under every noise and room (`sotto evaluate --robust`).
     grid: bool = False
     # Rows of masks with the same word here are meant to be used together, on one backbone.
@@ -68,6 +70,8 @@ class StudyRecipe(BaseModel):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
     title: str
     intro: str = ""
+    # What its authors read in the figures of the run that is committed; printed under them.
+    remarks: str = ""
     teacher: Path  # a recipe of `sotto pretrain`
     distil: dict[str, Variant] = Field(default_factory=dict)
     finetune: Path
@@ -152,7 +156,7 @@ def join_studies(studies: Sequence[StudyRecipe]) -> tuple[StudyRecipe, list[Sect
                 raise RecipeError(f"{study.name} and {first.name} differ in {what}: {own}, {whole}")
         _gather(distil, study.distil, study.name)
         _gather(rows, study.rows, study.name)
-        sections.append(Section(study.title, study.intro, list(study.rows)))
+        sections.append(Section(study.title, study.intro, list(study.rows), study.remarks))
     joined = first.model_copy(update={"distil": distil, "rows": rows})
     check_study(joined, "together")
     return joined, sections
@@ -174,14 +178,14 @@ def only_rows(
     rows = {name: row for name, row in study.rows.items() if name in wanted}
     begun = {row.init for row in rows.values()}
     distil = {name: variant for name, variant in study.distil.items() if name in begun}
-    cut = [Section(one.title, one.about, [name for name in one.rows if name in rows]) for one in sections]
+    cut = [replace(one, rows=[name for name in one.rows if name in rows]) for one in sections]
     return study.model_copy(update={"rows": rows, "distil": distil}), [one for one in cut if one.rows]
 
 
 def under(budget: Budget, joined: StudyRecipe) -> StudyRecipe:
     """The joined study with a title and first lines that say what was compared."""
     intro = COMPARED.format(distillation=budget.distillation, finetuning=budget.finetuning)
-    return joined.model_copy(update={"title": "Five papers, one teacher, one budget", "intro": intro})
+    return joined.model_copy(update={"title": "Five papers, one teacher, one budget", "intro": intro, "remarks": ""})
 
 
 def _gather(whole: dict[str, Any], own: Mapping[str, Any], study: str) -> None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from model_store import Bundle, LocalStore, builtin_store_path
@@ -34,7 +35,7 @@ from training.plan import Budget, StudyRecipe, distillation, tuning
 from training.pretrain import PretrainRecipe, pretrain
 from training.recipe import read_recipe
 from training.students.masks import load_masks, similarity
-from training.trainer import seconds_taken
+from training.trainer import losses_of, seconds_taken
 
 Say = Callable[[str], None]
 WEIGHTS = "model.safetensors"
@@ -95,6 +96,7 @@ def run_study(study: StudyRecipe, setting: Setting, sections: Sequence[Section] 
         {str(name): value for name, value in study.marks.items()},
         list(sections),
         made.shared([name for name, row in rows.items() if not row.error]),
+        study.remarks,
     )
     if not setting.part:
         outcome.write(setting.folder)
@@ -151,19 +153,33 @@ class _Made:
             tasks = recipe.tasks
             setting.say(f"fine-tuning {name}")
             run = finetune(recipe, self._run(name), setting.cache, init=str(self._folders[row.init]))
-            bundle = bundle_of(run, self._root, say=setting.say)
+            bundle = bundle_of(run, self._root, say=setting.say, fitted=not row.timed_only)
             seconds = self._seconds[row.init] + seconds_taken(run)
             passes = self._passes[row.init] + recipe.schedule.steps * (1 if recipe.one_step is None else 2)
             if recipe.mode != "masks":
                 self._folders[name], self._seconds[name], self._passes[name] = run / "model", seconds, passes
             extra.append(Figure("passes", passes, "", "batches of audio that went through the student"))
             extra.append(Figure("parameters, training heads included", read_run(run)["parameters"] / 1e6, "M"))
+            extra += self._losses(row.init)
             if math.isfinite(seconds):
                 extra.append(Figure("training", seconds / 60, "min", "distillation included, the teacher not"))
         extra.append(Figure("parameters", bundle.manifest.graph.parameters / 1e6, "M"))
+        if row.timed_only:
+            return bundle, extra, {}
         report = self._measured(name, bundle, tasks)
         figures = [one for one in report.figures if set(tasks) == set(TASKS) or not one.name.startswith(CALIBRATED)]
         return bundle, [*figures, *extra], report.det
+
+    def _losses(self, init: str) -> list[Figure]:
+        """Where the distillation that a row begins with came from and got to."""
+        losses = losses_of(self._setting.folder / init) if init in self._study.distil else []
+        if not losses:
+            return []
+        tenth = max(1, len(losses) // 10)
+        return [
+            Figure("distillation loss, first tenth", mean(losses[:tenth]), ""),
+            Figure("distillation loss, last tenth", mean(losses[-tenth:]), ""),
+        ]
 
     def shared(self, rows: Sequence[str]) -> list[Shared]:
         """Those of the rows that share a backbone, group by group, where there are two of them."""
@@ -175,7 +191,10 @@ class _Made:
         for names in (group for group in groups.values() if len(group) > 1):
             runs = [self._run(name) for name in names]
             masks = {name: load_masks(run / MASKS) for name, run in zip(names, runs, strict=True)}
-            alike = [(one, other, _mean(similarity(masks[one], masks[other]))) for one, other in combinations(names, 2)]
+            alike = [
+                (one, other, mean(similarity(masks[one], masks[other]).values()))
+                for one, other in combinations(names, 2)
+            ]
             backbone = self._folders[self._study.rows[names[0]].init] / WEIGHTS
             sizes = [[_megabytes(run / file) for run in runs] for file in (MASKS, HEADS)]
             found.append(Shared(names, _megabytes(backbone), sizes[0], sizes[1], alike))
@@ -244,10 +263,6 @@ class _Made:
     def _at(self, recipe: Any) -> Any:
         root = self._setting.data_root
         return recipe if root is None else recipe.model_copy(update={"data": root})
-
-
-def _mean(values: Mapping[str, float]) -> float:
-    return sum(values.values()) / len(values)
 
 
 def _megabytes(path: Path) -> float:

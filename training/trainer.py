@@ -20,6 +20,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
@@ -103,6 +104,8 @@ def fit(job: Job[BatchT], *, stop_after: int | None = None) -> nn.Module:
     Raises RunError when the folder holds another run or the loss is no longer a number.
     """
     schedule = job.schedule
+    # Of a run before this one in the same process, which may have had another precision.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(
         mixed_precision=schedule.precision,
         # Alternating tasks leave one head without gradient in every step.
@@ -134,6 +137,7 @@ def fit(job: Job[BatchT], *, stop_after: int | None = None) -> nn.Module:
         while state.step < last and not state.stopped:
             terms = _step(accelerator, job, stage, optimizer, state.step, numbered)
             state.step += 1
+            state.losses.append(terms["total"])
             progress.update(bar, completed=state.step, loss=f"loss {terms['total']:.3f}")
             # Alternating tasks give other terms each step; every tenth would be of one task for ever.
             latest.update(terms)
@@ -181,11 +185,18 @@ def seconds_taken(folder: Path) -> float:
     return float(torch.load(folder / "last.pt", weights_only=True, map_location="cpu").get("seconds", math.nan))
 
 
+def losses_of(folder: Path) -> list[float]:
+    """Of every step that the run in `folder` made, up to its last checkpoint; none where they were not noted."""
+    found: list[float] = torch.load(folder / "last.pt", weights_only=True, map_location="cpu").get("losses", [])
+    return found
+
+
 @dataclass(slots=True)
 class _Progress:
-    """How far a run is, and how well its fold did so far."""
+    """How far a run is, and how well it and its fold did so far."""
 
     step: int = 0
+    losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
     best: float = -math.inf
     looks_since: int = 0
@@ -203,6 +214,7 @@ class _Progress:
     def save(self, job: Job[Any], optimizer: torch.optim.Optimizer) -> None:
         state = {
             "step": self.step,
+            "losses": self.losses,
             "seconds": self.seconds,
             "steps": job.schedule.steps,
             "best": self.best,
@@ -222,6 +234,7 @@ class _Progress:
         optimizer.load_state_dict(state["optimizer"])
         self.step, self.best = int(state["step"]), float(state["best"])
         self.seconds = float(state.get("seconds", math.nan))
+        self.losses = list(state.get("losses", []))
         self.looks_since, self.stopped = int(state["looks_since"]), bool(state["stopped"])
 
 

@@ -60,6 +60,16 @@ def test_clip_accuracy_leaves_out_words_the_model_does_not_have(tmp_path: Path) 
     assert clip_accuracy(client, clips).overall.total == 1
 
 
+def test_clip_accuracy_does_not_ask_again_for_what_was_heard(tmp_path: Path) -> None:
+    clips = [make_clip(tmp_path, "a", keyword="yes"), make_clip(tmp_path, "b", keyword="no")]
+    client: Any = FakeClient({"a": top("en:yes"), "b": top("en:yes")}, ["en:yes", "en:no"])
+    heard: dict[str, str] = {}
+    clip_accuracy(client, clips[:1], heard=heard)
+    found = clip_accuracy(client, clips, heard=heard)
+    assert (found.overall.hits, found.overall.total, len(client.queries)) == (1, 2, 2)
+    assert heard == {clips[0].key: "en:yes", clips[1].key: "en:yes"}
+
+
 def wake_data(folder: Path, *, hours: float, transcript: str = "") -> Data:
     """Four clips of "alexa" and one of other speech that lasts `hours`."""
     words = [make_clip(folder, f"wake{n}", corpus="pvwake", keyword="alexa", transcript="alexa") for n in range(4)]

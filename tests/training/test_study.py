@@ -28,6 +28,7 @@ from training.plan import (
 )
 from training.recipe import read_recipe
 from training.study import Setting, run_study
+from training.trainer import losses_of
 
 
 def figures(accuracy: float, eer: float, parameters: float, ms: float) -> list[Figure]:
@@ -95,6 +96,15 @@ def test_the_page_names_the_command_and_has_its_plots(tmp_path: Path) -> None:
     for name in ("det", "size", "latency"):
         assert f"(page-{name}.png)" in text
         assert (tmp_path / f"docs/page-{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_page_of_timings_alone_does_not_speak_of_recordings(tmp_path: Path) -> None:
+    rows = {"reference": Measured("timed", [Figure("parameters", 94.0, "M")], {})}
+    write_page(replace(OUTCOME, rows=rows, marks={}), tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    assert "| timed | 94.00 |" in text
+    assert "Measured by" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["page.md"]
 
 
 JOINED = replace(
@@ -171,6 +181,7 @@ def study_file(made_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         "rows": {
             "reference": {"title": "reference"},
             "keywords": {"title": "keywords only", "init": "distilled", "changes": {"tasks": ["keywords"]}},
+            "timed": {"title": "timed", "init": "distilled", "timed_only": True},
             "impossible": {"title": "too many layers", "changes": {"layers": 99}},
         },
     }
@@ -195,7 +206,7 @@ def test_a_study_is_trained_measured_and_not_done_twice(study_file: Path, tmp_pa
         return run_study(study, Setting(tmp_path / "run", tmp_path / "cache", "train", "c", said.append))
 
     outcome = run()
-    assert list(outcome.rows) == ["reference", "keywords", "impossible"]
+    assert list(outcome.rows) == ["reference", "keywords", "timed", "impossible"]
     reference, keywords = outcome.rows["reference"], outcome.rows["keywords"]
     assert 0 <= reference.value("keywords top-1") <= 100
     assert 0 <= reference.value("sv EER") <= 100
@@ -206,6 +217,12 @@ def test_a_study_is_trained_measured_and_not_done_twice(study_file: Path, tmp_pa
     assert 0 < reference.value("training") < keywords.value("training")
     assert "99" in outcome.rows["impossible"].error
     assert "measuring sv" in said
+    timed = outcome.rows["timed"]
+    assert not {figure.name for figure in timed.figures} & {"keywords top-1", "sv EER"}
+    assert timed.value("one second of audio, one thread") > 0
+    losses = losses_of(tmp_path / "run" / "distilled")
+    assert timed.value("distillation loss, first tenth") == losses[0]
+    assert timed.value("distillation loss, last tenth") == losses[-1]
     again = run()
     assert "measuring sv" not in said
     assert again.rows["reference"].value("sv EER") == reference.value("sv EER")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from training.cuts import AudioRecipe
 from training.errors import RunError
-from training.trainer import Job, Schedule, Watched, fit, is_finished
+from training.trainer import Job, Schedule, Watched, fit, is_finished, losses_of
 
 SCHEDULE = Schedule(steps=12, batch_size=4, checkpoint_every=3, watch_every=4, workers=0, peak_learning_rate=0.05)
 
@@ -71,6 +71,8 @@ def test_an_interrupted_run_ends_with_the_same_weights(tmp_path: Path, stop: int
     assert not is_finished(tmp_path / "parts")
     assert same(whole, weights(fit(job(tmp_path / "parts"))))
     assert is_finished(tmp_path / "parts")
+    assert losses_of(tmp_path / "parts") == losses_of(tmp_path / "whole")
+    assert len(losses_of(tmp_path / "whole")) == SCHEDULE.steps
 
 
 def test_killed_in_the_middle_it_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:

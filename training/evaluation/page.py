@@ -35,9 +35,14 @@ COLUMNS = (
     ("1 s on 1 thread, ms", ONE_THREAD, 2),
     ("1 s on all, ms", ALL_THREADS, 2),
     ("passes", "passes", 0),
+    ("distillation loss, first tenth of steps", "distillation loss, first tenth", 3),
+    ("and last tenth", "distillation loss, last tenth", 3),
     ("training, min", "training", 0),
 )
 DET_TICKS = (0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6)
+# Matplotlib has so many colours in turn; then the next marker or line.
+COLOURS = 10
+MARKERS, LINES = "osD^v", ("-", "--", ":", "-.")
 NORMAL = NormalDist()
 ABSENT = "-"
 
@@ -45,22 +50,32 @@ ABSENT = "-"
 def write_page(outcome: Outcome, page: Path) -> None:
     """`page` and, beside it, its plots as PNG files named after it."""
     page.parent.mkdir(parents=True, exist_ok=True)
+    curves = any(row.det.get("sv") for row in outcome.rows.values())
+    heard = any(math.isfinite(row.value(ACCURACY)) for row in outcome.rows.values())
     plots = [
-        ("det", "Misses against false accepts", _det(outcome)),
-        ("size", "Keyword accuracy against size", _against(outcome, "parameters", "parameters, M")),
-        ("latency", "Keyword accuracy against latency", _against(outcome, ONE_THREAD, "one second on one thread, ms")),
+        *([("det", "Misses against false accepts", _det(outcome))] if curves else []),
+        *(
+            [
+                ("size", "Keyword accuracy against size", _against(outcome, "parameters", "parameters, M")),
+                (
+                    "latency",
+                    "Keyword accuracy against latency",
+                    _against(outcome, ONE_THREAD, "one second on one thread, ms"),
+                ),
+            ]
+            if heard
+            else []
+        ),
         *([("masks", "How alike masks are", _alike(outcome.shared))] if outcome.shared else []),
     ]
     lines = [f"# {outcome.title}", ""]
     if outcome.intro:
         lines += [outcome.intro.strip(), ""]
+    where = f"on the {outcome.split} split, through HTTP, " if curves or heard else ""
+    lines += [f"Measured {where}by", "", f"    {outcome.command}", ""]
+    if where:
+        lines += ["No weight, checkpoint, threshold or calibration was fitted or selected on that split.", ""]
     lines += [
-        f"Measured on the {outcome.split} split, through HTTP, by",
-        "",
-        f"    {outcome.command}",
-        "",
-        "No weight, checkpoint, threshold or calibration was fitted or selected on that split.",
-        "",
         *table(outcome),
         "",
         "Intervals are 95 % (Wilson). `with training heads` counts what is left behind at export; `passes` are batches",
@@ -69,11 +84,14 @@ def write_page(outcome: Outcome, page: Path) -> None:
         *comparison(outcome),
         *marks(outcome),
     ]
+    if outcome.remarks:
+        lines += ["", "## What this run shows", "", outcome.remarks.strip()]
     for section in outcome.sections:
         lines += ["", f"## {section.title}", ""]
         lines += [section.about.strip(), ""] if section.about else []
         lines += table(outcome, section.rows)
         lines += [line for name in section.rows for line in grid(outcome.rows[name])]
+        lines += ["", section.remarks.strip()] if section.remarks else []
     lines += [line for one in outcome.shared for line in shared(outcome, one)]
     for name, title, draw in plots:
         file = page.with_name(f"{page.stem}-{name}.png")
@@ -212,7 +230,8 @@ def _det(outcome: Outcome) -> Callable[[Any], None]:
             points = row.det.get("sv", [])
             if points:
                 accepts, misses = ([NORMAL.inv_cdf(rate) for rate in rates] for rates in zip(*points, strict=True))
-                axes.plot(accepts, misses, label=row.title, linewidth=1.2)
+                style = LINES[len(axes.lines) // COLOURS % len(LINES)]
+                axes.plot(accepts, misses, style, label=row.title, linewidth=1.2)
         places = [NORMAL.inv_cdf(tick) for tick in DET_TICKS]
         names = [f"{tick * 100:g}" for tick in DET_TICKS]
         axes.set_xticks(places, names)
@@ -222,23 +241,28 @@ def _det(outcome: Outcome) -> Callable[[Any], None]:
         axes.set_xlabel("false accepts, %")
         axes.set_ylabel("misses, %")
         axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend(fontsize=7)
+        _name(axes)
 
     return draw
 
 
 def _against(outcome: Outcome, figure: str, label: str) -> Callable[[Any], None]:
     def draw(axes: Any) -> None:
-        for title, x, y in _points(outcome.rows.values(), figure):
-            axes.scatter([x], [y], s=24)
-            axes.annotate(title, (x, y), fontsize=7, xytext=(4, 4), textcoords="offset points")
+        for number, (title, x, y) in enumerate(_points(outcome.rows.values(), figure)):
+            axes.scatter([x], [y], s=24, marker=MARKERS[number // COLOURS % len(MARKERS)], label=title)
         axes.set_xscale("log")
         axes.set_xlabel(label)
         axes.set_ylabel("keyword accuracy, %")
         axes.grid(alpha=0.3)
+        _name(axes)
 
     return draw
+
+
+def _name(axes: Any) -> None:
+    """Beside the plot, where two dozen rows do not hide what they name."""
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
 
 
 def _alike(groups: Sequence[Shared]) -> Callable[[Any], None]:

@@ -104,15 +104,17 @@ def evaluate(
     model = client.model()
     report = Report(f"{model['name']}@{model['version']}", split, command)
     clips = data.split(split)
+    heard: dict[str, str] = {}  # rows share clips
     for row in rows:
         say(f"measuring {row}")
         if row == "asc":
-            report.figures += _accuracy("asc", client, [clip for clip in clips if clip.corpus == "asc"])
+            report.figures += _accuracy("asc", client, [clip for clip in clips if clip.corpus == "asc"], heard)
         elif row == "keywords":
             spoken = [clip for clip in clips if clip.corpus in {"asc", *COMMAND_CORPORA}]
-            report.figures += _accuracy("keywords", client, spoken)
+            report.figures += _accuracy("keywords", client, spoken, heard)
         elif row == "commands":
-            report.figures += _accuracy("commands", client, [clip for clip in clips if clip.corpus in COMMAND_CORPORA])
+            spoken = [clip for clip in clips if clip.corpus in COMMAND_CORPORA]
+            report.figures += _accuracy("commands", client, spoken, heard)
         elif row == "wake":
             report.figures += _wake(client, data, split)
         elif row == "spot":
@@ -128,8 +130,8 @@ def evaluate(
     return report
 
 
-def _accuracy(name: str, client: ServiceClient, clips: Sequence[Clip]) -> list[Figure]:
-    found = clip_accuracy(client, clips)
+def _accuracy(name: str, client: ServiceClient, clips: Sequence[Clip], heard: dict[str, str]) -> list[Figure]:
+    found = clip_accuracy(client, clips, heard=heard)
     figures = [_share(f"{name} top-1", found.overall)]
     if len(found.by_corpus) > 1:
         figures += [_share(f"{name} top-1, {corpus}", rate) for corpus, rate in found.by_corpus.items()]

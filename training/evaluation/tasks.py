@@ -117,26 +117,31 @@ class Verification:
     det: list[tuple[float, float]]  # (false-accept rate, miss rate)
 
 
-def clip_accuracy(client: ServiceClient, clips: Sequence[Clip], send: Sender = as_recorded) -> ClipAccuracy:
-    """Rank every clip of the clips that are one keyword."""
+def clip_accuracy(
+    client: ServiceClient, clips: Sequence[Clip], send: Sender = as_recorded, heard: dict[str, str] | None = None
+) -> ClipAccuracy:
+    """Rank every clip that is one keyword. `heard`, by a clip's key, is not asked for again, and filled."""
     known = set(client.keywords())
     clips = [clip for clip in clips if clip.label in known]
-    answers = client.each(lambda clip: client.detect(send(clip), top_k=1)["top"][0]["keyword"], clips)
+    heard = {} if heard is None else heard
+    fresh = [clip for clip in clips if clip.key not in heard]
+    found = client.each(lambda clip: client.detect(send(clip), top_k=1)["top"][0]["keyword"], fresh)
+    heard |= {clip.key: label for clip, label in zip(fresh, found, strict=True)}
     by_corpus: dict[str, list[bool]] = defaultdict(list)
     by_speaker: dict[str, list[bool]] = defaultdict(list)
     confusions: dict[tuple[str, str], int] = defaultdict(int)
-    for clip, heard in zip(clips, answers, strict=True):
-        right = heard == clip.label
+    for clip in clips:
+        right = heard[clip.key] == clip.label
         by_corpus[clip.corpus].append(right)
         by_speaker[clip.speaker or "?"].append(right)
         if not right:
-            confusions[clip.label, heard] += 1
+            confusions[clip.label, heard[clip.key]] += 1
     worst = sorted(confusions.items(), key=lambda item: -item[1])[:10]
     return ClipAccuracy(
         overall=_rate([right for rights in by_corpus.values() for right in rights]),
         by_corpus={name: _rate(rights) for name, rights in sorted(by_corpus.items())},
         by_speaker={name: _rate(rights) for name, rights in sorted(by_speaker.items())},
-        confusions=[(said, heard, count) for (said, heard), count in worst],
+        confusions=[(said, label, count) for (said, label), count in worst],
     )
 
 
