@@ -36,7 +36,7 @@ from training.alignment import loudest_speech
 from training.audio_cache import SAMPLE_RATE_HZ, decode
 from training.errors import ExportError
 from training.finished import Finished, open_run, origin
-from training.layout import keep_blocked
+from training.layout import in_two_dimensions, keep_blocked
 from training.manifest import Clip, labels_of
 from training.students.edge import FRAME_STRIDE, STEM_STRIDE, Edge
 from training.students.frontend import HOP
@@ -72,7 +72,7 @@ def export(run_folder: Path, out: Path, *, name: str, data_root: Path | None = N
     source = origin(finished.lineage.recipe)
     data = source.read(data_root)
     network = finished.network
-    graph = to_onnx(network) if isinstance(network, Edge) else traced(network)
+    graph = to_onnx(network) if isinstance(network, Edge) else in_two_dimensions(traced(network))
     session = open_session(graph, threads=1)
     check_graph_equals_network(session, network)
     trained_on = source.choose(data.split("train"))

@@ -1,4 +1,10 @@
-"""Rewrites an exported graph so that ONNX Runtime keeps its blocked layout from end to end.
+"""Rewrites an exported graph so that ONNX Runtime computes it faster, with the same outputs up to the last bits.
+
+`in_two_dimensions`: it has fast kernels for convolutions over height and width only; those over time alone,
+of which transformers' models are full, are slower: the grouped one of 128 taps takes twice as long. So they get a
+height of one.
+
+`keep_blocked`: it keeps its blocked layout from end to end.
 
 ONNX Runtime computes convolutions on channels in blocks (NCHWc) and converts back wherever another
 operator does not know that layout. Two things made it convert in every layer of ours:
@@ -7,7 +13,7 @@ operator does not know that layout. Two things made it convert in every layer of
   so each mask is spread over the channels, once per width, by a convolution with ones.
 - sums whose operands' shapes are not known to be equal. Named dimensions prove that they are.
 
-Outputs are the same up to the last bits; a call on one second of audio takes about a tenth less time.
+A call on one second of audio takes about a tenth less time by it.
 """
 
 from __future__ import annotations
@@ -21,6 +27,9 @@ from model_store.inference import open_session
 # Sizes that no layer has, so that each dimension of a probed shape tells what it stands for.
 PROBE_CLIPS = 3
 PROBE_FRAMES = 109
+
+# The axis of height, as a tensor of the graph.
+HEIGHT = "height_axis"
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -40,6 +49,46 @@ def keep_blocked(graph: bytes, *, hop: int, strides: dict[str, int]) -> bytes:
         dims: list[str | int | None] = ["batch", shape[1], shape[2], names.get(shape[3], shape[3])]
         model.graph.value_info.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, dims))
     return bytes(model.SerializeToString())
+
+
+def in_two_dimensions(graph: bytes) -> bytes:
+    """The same graph with every convolution over time as one over a height of one and time."""
+    model = onnx.load_from_string(graph)
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        kernel = weights.get(node.input[1]) if node.op_type == "Conv" else None
+        nodes += [node] if kernel is None or len(kernel.dims) != 3 else _with_height(node, kernel)
+    if len(nodes) == len(model.graph.node):
+        return graph
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    model.graph.initializer.append(numpy_helper.from_array(np.array([2]), HEIGHT))
+    # Two layers may share a kernel, so each is given its height once, and only here.
+    for name in {node.input[1] for node in nodes if node.op_type == "Conv"}:
+        if len(weights[name].dims) == 3:
+            weights[name].dims.insert(2, 1)
+    return bytes(model.SerializeToString())
+
+
+def _with_height(node: onnx.NodeProto, kernel: onnx.TensorProto) -> list[onnx.NodeProto]:
+    """The convolution between two changes of shape."""
+    given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    first, last = given.get("pads", [0, 0])
+    attributes = {
+        **given,
+        "kernel_shape": [1, kernel.dims[2]],
+        "strides": [1, *given.get("strides", [1])],
+        "dilations": [1, *given.get("dilations", [1])],
+        "pads": [0, first, 0, last],
+    }
+    (output,) = node.output
+    high, convolved = f"{output}_high", f"{output}_convolved"
+    return [
+        helper.make_node("Unsqueeze", [node.input[0], HEIGHT], [high]),
+        helper.make_node("Conv", [high, *node.input[1:]], [convolved], name=node.name, **attributes),
+        helper.make_node("Squeeze", [convolved, HEIGHT], [output]),
+    ]
 
 
 def _probe(model: onnx.ModelProto, hop: int) -> Shapes:

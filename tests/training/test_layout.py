@@ -1,5 +1,6 @@
 """The rewritten graph computes the same, and ONNX Runtime keeps its blocked layout in it."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,12 @@ import torch
 
 from model_store.graph import OUTPUTS
 from model_store.inference import open_session
+from tests.training.chain import tiny_hubert
 from training.export import run_graph, to_onnx, traced
+from training.layout import in_two_dimensions
 from training.students.edge import Edge
+from training.students.joint import JointModel
+from training.teachers import SelfSupervised
 
 
 @pytest.fixture(scope="module")
@@ -38,3 +43,43 @@ def test_the_same_outputs_with_a_third_of_the_conversions(student: Edge, tmp_pat
     for name in OUTPUTS:
         np.testing.assert_allclose(found[name], wanted[name], atol=1e-5)
     assert reorders(after, tmp_path) * 3 <= reorders(before, tmp_path)
+
+
+def test_convolutions_over_time_get_a_height_and_the_same_outputs() -> None:
+    torch.manual_seed(0)
+    model = JointModel(SelfSupervised(tiny_hubert(), normalise=True), 5, speaker_dim=8).eval()
+    before = traced(model)
+    after = in_two_dimensions(before)
+    rng = np.random.default_rng(0)
+    clips = [(rng.standard_normal(size) * 0.1).astype(np.float32) for size in (1700, 16_000, 40_001)]
+    wanted, found = (run_graph(open_session(graph, threads=1), clips) for graph in (before, after))
+    for name in OUTPUTS:
+        np.testing.assert_allclose(found[name], wanted[name], atol=1e-5)
+    assert set(kernels(before)) == {3}
+    assert set(kernels(after)) == {4}
+    assert len(kernels(after)) == len(kernels(before)) == 8  # seven of the CNN and the positional one
+    assert in_two_dimensions(after) == after
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_two_layers_may_share_a_kernel() -> None:
+    class Twice(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Conv1d(4, 4, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(self.layer(x))
+
+    stream, x, network = io.BytesIO(), torch.randn(2, 4, 9), Twice().eval()
+    torch.onnx.export(network, (x,), stream, input_names=["x"], dynamo=False)
+    session = open_session(in_two_dimensions(stream.getvalue()), threads=1)
+    (found,) = session.run(None, {"x": x.numpy()})
+    np.testing.assert_allclose(found, network(x).detach().numpy(), atol=1e-5)
+
+
+def kernels(graph: bytes) -> list[int]:
+    """The dimensions of every convolution's kernel."""
+    found = onnx.load_from_string(graph).graph
+    dimensions = {tensor.name: len(tensor.dims) for tensor in found.initializer}
+    return [dimensions[node.input[1]] for node in found.node if node.op_type == "Conv"]
