@@ -118,9 +118,8 @@ Enrols = Annotated[Caller, Depends(may_enrol)]
 ModelParameter = Annotated[
     str | None, Query(max_length=100, description="`name`, `name@version` or `name@alias`; default: the service's.")
 ]
-SpeakerId = Annotated[
-    str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@:+-]{0,127}$", description="Chosen by you; no personal data needed.")
-]
+SPEAKER_ID = r"^[A-Za-z0-9][A-Za-z0-9._@:+-]{0,127}$"
+SpeakerId = Annotated[str, Path(pattern=SPEAKER_ID, description="Chosen by you; no personal data needed.")]
 
 
 def model_info(engine: Engine) -> ModelInfo:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import numpy as np
 from fastapi import APIRouter, Query, Request, Response
+from pydantic import StringConstraints
 
 from service.engine import Engine, Outputs
 from service.errors import (
@@ -21,6 +22,7 @@ from service.intake import deadline_of, receive_clips
 from service.routes.common import (
     AUDIO_ERRORS,
     PROFILE_ERRORS,
+    SPEAKER_ID,
     Infers,
     ModelParameter,
     answer,
@@ -79,7 +81,7 @@ async def identify(
     request: Request,
     caller: Infers,
     candidates: Annotated[
-        list[str],
+        list[Annotated[str, StringConstraints(pattern=SPEAKER_ID)]],
         Query(
             default_factory=list,
             max_length=MOST_NAMED,
@@ -102,7 +104,9 @@ async def identify(
         if named is None:
             best, compared = await _best_of_all(runtime, engine, caller.tenant, outputs, top_k, deadline)
         else:
-            best, compared = _best(top_k, _scored(engine, named, outputs)), len(named)
+            # In the database's threads, as a thousand profiles would keep other requests waiting.
+            scored = await runtime.with_profiles(partial(_scored, engine, named, outputs), deadline)
+            best, compared = _best(top_k, scored), len(named)
     threshold = engine.manifest.speaker.threshold
     identified = best[0][0] if best and best[0][1].llr >= threshold else None
     runtime.metrics.identifications.labels("unknown" if identified is None else "identified").inc()

@@ -215,6 +215,12 @@ def test_named_candidates_must_be_there_and_ready(service: RunningService, ada: 
         assert other in response.json()["detail"]
 
 
+@pytest.mark.parametrize("candidates", [[""], ["a\0b"], ["../x"], ["x" * 129], ["x"] * 1001])
+def test_candidates_that_cannot_be_are_refused(service: RunningService, candidates: list[str]) -> None:
+    response = service.post(IDENTIFY, encoded(voice(2)), params={"candidates": candidates})
+    assert (response.status_code, response.json()["code"]) == (422, "invalid_request")
+
+
 def test_all_profiles_are_compared_page_by_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clip = encoded(voice(3, seed=5, **ADA))
     with TestClient(create_app(Settings(data_dir=tmp_path))) as service:
