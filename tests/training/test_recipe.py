@@ -13,7 +13,7 @@ from tests.conftest import REPOSITORY
 from training.distil import DistilRecipe
 from training.errors import RecipeError
 from training.finetune import FinetuneRecipe
-from training.plan import StudyRecipe, tuning
+from training.plan import StudyRecipe, load_study, tuning
 from training.pretrain import PretrainRecipe
 from training.recipe import Recipe, load_recipe, read_recipe
 
@@ -176,9 +176,11 @@ KINDS: dict[str, type[BaseModel]] = {
     "edge-taught": Recipe,
     "edge-again": Recipe,
     "teacher": PretrainRecipe,
+    "teacher-base": PretrainRecipe,
     "distil": DistilRecipe,
     "finetune": FinetuneRecipe,
     "kerpicci": StudyRecipe,
+    "full-size": StudyRecipe,
 }
 
 
@@ -188,9 +190,10 @@ def test_shipped_recipe_loads_and_has_the_name_of_its_file(path: Path) -> None:
     assert recipe.name == path.stem
 
 
-def test_shipped_study_names_recipes_that_load() -> None:
+@pytest.mark.parametrize("name", ["kerpicci", "full-size"])
+def test_a_shipped_study_names_recipes_that_load(name: str) -> None:
     """Its paths are taken from the working directory, which is the repository's root for every command in README."""
-    study = read_recipe(REPOSITORY / "training/recipes/kerpicci.yaml", StudyRecipe)
+    study = load_study(REPOSITORY / f"training/recipes/{name}.yaml")
     for path in (study.teacher, study.finetune, *(variant.recipe for variant in study.distil.values())):
         assert (REPOSITORY / path).is_file()
     assert study.student in study.rows
