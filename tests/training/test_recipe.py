@@ -223,4 +223,4 @@ def test_shipped_study_has_every_row_of_the_paper_s_table() -> None:
         ("distilled", 0, "full", ("keywords",)),
         ("distilled", 0, "full", ("speakers",)),
     }
-    assert len({row.schedule for row in rows.values()}) == 1
+    assert len({row.schedule for name, row in rows.items() if name != "longer"}) == 1
