@@ -86,6 +86,8 @@ class Runtime:
         self.decoders = ThreadPoolExecutor(settings.decode_threads or cpus, thread_name_prefix="decode")
         # Database calls block on locks and disks; they must not keep decoders waiting.
         self.database = ThreadPoolExecutor(4, thread_name_prefix="profiles")
+        # Identification reads many profiles: one at a time, so that a verification never queues behind it.
+        self.comparing = ThreadPoolExecutor(1, thread_name_prefix="identify")
         self.metrics.inference_threads.set(workers)
         self.metrics.model.info(
             {
@@ -104,6 +106,7 @@ class Runtime:
         self.metrics.ready.set(0)
         self.batcher.close(grace_s)
         self.decoders.shutdown(cancel_futures=True)
+        self.comparing.shutdown(cancel_futures=True)
         self.database.shutdown()
         self.profiles.close()
 
@@ -162,6 +165,10 @@ class Runtime:
     async def with_profiles(self, work: Callable[[], T], deadline: float) -> T:
         """Run a database call in its own threads. Raises ServiceError."""
         return await self._within(self.database, work, deadline)
+
+    async def comparing_profiles(self, work: Callable[[], T], deadline: float) -> T:
+        """Run a database call that reads many profiles, after those before it. Raises ServiceError."""
+        return await self._within(self.comparing, work, deadline)
 
     async def _within(self, pool: ThreadPoolExecutor, work: Callable[[], T], deadline: float) -> T:
         if time.monotonic() >= deadline:

@@ -117,6 +117,7 @@ class IdentifyAnswer(_Answer):
     candidates: list[IdentifiedCandidate]
     identified: str | None
     compared: int
+    skipped: int
     threshold: float
     speech_s: float
     snr_db: float

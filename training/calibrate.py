@@ -28,7 +28,7 @@ from training.evaluation.statistics import (
     threshold_for_false_alarms,
 )
 from training.evaluation.tasks import clip_accuracy, plan_trials, run_trials
-from training.export import export, write_draft
+from training.export import UNFITTED, export, write_draft
 from training.finished import name_of, origin
 from training.manifest import CALIBRATION_FOLD, Clip, Data, Recording
 
@@ -65,15 +65,19 @@ def bundle_of(run: Path, data_root: Path, *, say: Say, fitted: bool = True) -> B
     TrainingError.
     """
     draft = run / "bundle"
+    # Export appears whole or not at all; a calibration that was cut off begins again.
     if not (draft / MANIFEST).is_file():
         with TemporaryDirectory(dir=run) as work:
             fresh = Path(work) / "bundle"
             say(f"exporting {run}")
-            recipe = export(run, fresh, name=f"sotto-{name_of(run)}", data_root=data_root).lineage.recipe
-            if fitted and len(recipe.get("tasks", TASKS)) == len(TASKS):
-                calibrate(fresh, data_root=data_root, say=say)
+            export(run, fresh, name=f"sotto-{name_of(run)}", data_root=data_root)
             fresh.replace(draft)
-    return open_bundle(draft)
+    bundle = open_bundle(draft)
+    both = len(bundle.manifest.lineage.recipe.get("tasks", TASKS)) == len(TASKS)
+    if fitted and both and bundle.manifest.speaker.calibration.fitted_on.startswith(UNFITTED):
+        calibrate(draft, data_root=data_root, say=say)
+        return open_bundle(draft)
+    return bundle
 
 
 def calibrate(draft: Path, *, data_root: Path | None, say: Say) -> Manifest:
@@ -119,7 +123,7 @@ def calibrate(draft: Path, *, data_root: Path | None, say: Say) -> Manifest:
 def _uncalibrated(manifest: Manifest) -> Manifest:
     """Scores as they come: raw normalised scores, so that fitting twice gives the same."""
     cohort = "cohort.f32" if "cohort.f32" in manifest.files else None
-    raw = Calibration(scale=1.0, offset=0.0, fitted_on="nothing")
+    raw = Calibration(scale=1.0, offset=0.0, fitted_on=UNFITTED)
     speaker = manifest.speaker.model_copy(update={"calibration": raw, "cohort_file": cohort, "threshold": 0.0})
     return manifest.model_copy(update={"speaker": speaker})
 

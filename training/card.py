@@ -70,7 +70,9 @@ def rebuild(name: str, recipe: dict[str, Any]) -> list[str]:
         made = f"make train RECIPE=training/recipes/{own}.yaml"
     else:
         made = f".venv-dev/bin/sotto finetune training/recipes/{own}.yaml --init {recipe['init']} --run runs/{own}"
+    teachers = [target for target, part in (("teachers", "hints"), ("peers", "voices")) if recipe.get(part)]
     return [
+        *([f"make {' '.join(teachers)}"] if teachers else []),
         made,
         f".venv-dev/bin/sotto export runs/{own} --name {name}",
         f".venv-dev/bin/sotto calibrate runs/{own}/bundle",

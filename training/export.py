@@ -46,6 +46,8 @@ TOLERANCE = 1e-4
 SHORTEST_S = 0.1
 LONGEST_S = 120.0
 PLACEHOLDER_THRESHOLD = 0.5
+# What a calibration that has not been fitted, or not to the end, says it was fitted on.
+UNFITTED = "nothing"
 # One word's worth of audio: long enough for the longest keyword, short enough to part two of them.
 WINDOW_S = 1.0
 REFRACTORY_S = 0.8
@@ -206,7 +208,7 @@ def _manifest(name: str, finished: Finished, trained_on: list[Clip], files: Mapp
         ),
         speaker=SpeakerInfo(
             dim=finished.speaker_dim,
-            calibration=Calibration(scale=1.0, offset=0.0, fitted_on="nothing; run `sotto calibrate`"),
+            calibration=Calibration(scale=1.0, offset=0.0, fitted_on=f"{UNFITTED}; run `sotto calibrate`"),
             threshold=0.0,
             cohort_file="cohort.f32",
         ),

@@ -66,7 +66,7 @@ def in_two_dimensions(graph: bytes) -> bytes:
     model.graph.initializer.append(numpy_helper.from_array(np.array([2]), HEIGHT))
     # Two layers may share a kernel, so each is given its height once, and only here.
     for name in {node.input[1] for node in nodes if node.op_type == "Conv"}:
-        if len(weights[name].dims) == 3:
+        if name in weights and len(weights[name].dims) == 3:
             weights[name].dims.insert(2, 1)
     return bytes(model.SerializeToString())
 

@@ -33,7 +33,6 @@ class Section:
     title: str
     about: str
     rows: list[str]
-    remarks: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -156,7 +156,7 @@ def join_studies(studies: Sequence[StudyRecipe]) -> tuple[StudyRecipe, list[Sect
                 raise RecipeError(f"{study.name} and {first.name} differ in {what}: {own}, {whole}")
         _gather(distil, study.distil, study.name)
         _gather(rows, study.rows, study.name)
-        sections.append(Section(study.title, study.intro, list(study.rows), study.remarks))
+        sections.append(Section(study.title, study.intro, list(study.rows)))
     joined = first.model_copy(update={"distil": distil, "rows": rows})
     check_study(joined, "together")
     return joined, sections

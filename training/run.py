@@ -24,7 +24,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from training.audio_cache import SAMPLE_RATE_HZ, AudioCache
 from training.batches import NO_SPEAKER, Batch, BatchSource, batches
-from training.errors import RunError
+from training.beside import check_beside
+from training.errors import RunError, TeacherError
 from training.files import write_json
 from training.hints import HintCache, HintHead, SpeechEmbedding
 from training.manifest import CALIBRATION_FOLD, Clip, Data, digest_data, labels_of, read_data
@@ -87,6 +88,7 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int |
     What the recipe comes after is trained first, in `folder`/before. Raises RunError when `folder` holds a
     run of another recipe.
     """
+    check_teachers(recipe)
     if recipe.after is not None:
         train(recipe.after, folder / "before", cache_folder)
     prepared = prepare(recipe, cache_folder)
@@ -152,6 +154,14 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int |
         torch.save(average, folder / "student.partial")
         (folder / "student.partial").replace(folder / "student.pt")
     return folder
+
+
+def check_teachers(recipe: Recipe) -> None:
+    """An hour of the stages before is not to pass before a teacher is missed. Raises TeacherError."""
+    if recipe.hints is not None:
+        SpeechEmbedding(recipe.hints.teacher)
+    if recipe.voices is not None:
+        check_beside(recipe.voices.python, TeacherError)
 
 
 def begin_with(student: Edge, weights: Path) -> None:

@@ -186,9 +186,10 @@ def seconds_taken(folder: Path) -> float:
 
 
 def losses_of(folder: Path) -> list[float]:
-    """Of every step that the run in `folder` made, up to its last checkpoint; none where they were not noted."""
-    found: list[float] = torch.load(folder / "last.pt", weights_only=True, map_location="cpu").get("losses", [])
-    return found
+    """Of every step that the run in `folder` made, up to its last checkpoint; none where some were not noted."""
+    state = torch.load(folder / "last.pt", weights_only=True, map_location="cpu")
+    found: list[float] = state.get("losses", [])
+    return found if len(found) == state["step"] else []
 
 
 @dataclass(slots=True)

@@ -40,7 +40,7 @@ from service.speakers.store import Profile
 
 router = APIRouter(prefix="/v1/speakers", tags=["speakers"])
 
-# Profiles in memory at once; however many a tenant has.
+# Profiles that one comparison holds at once, however many there are.
 PAGE = 500
 MOST_NAMED = 1000
 EXAMPLE = {
@@ -50,6 +50,7 @@ EXAMPLE = {
     ],
     "identified": "ada",
     "compared": 2,
+    "skipped": 0,
     "threshold": 0.0,
     "speech_s": 1.8,
     "snr_db": 21.5,
@@ -91,22 +92,24 @@ async def identify(
     top_k: Annotated[int, Query(ge=1, le=MOST_NAMED, description="How many of the best to return.")] = 5,
     model: ModelParameter = None,
 ) -> Response:
-    """Scores are those of verify. The more candidates, the likelier a stranger's best one reaches the threshold."""
+    """Scores are those of verify. The more candidates, the likelier a stranger's best one reaches the threshold.
+
+    `skipped` counts speakers that are still enrolling or were enrolled with another model. Every profile is read
+    for each request, one request at a time: among tens of thousands, name candidates or allow more time.
+    """
     runtime, clock = runtime_of(request), clock_of(request)
     deadline = deadline_of(request, runtime.settings)
     engine = runtime.engine_for(model)
-    named = None
-    if candidates:
-        named = await _named(runtime, engine, caller.tenant, list(dict.fromkeys(candidates)), deadline)
     (clip,) = await receive_clips(request, runtime.settings, clock, deadline, at_most=1)
     outputs, quality = await voice_of(runtime, clip, clock, deadline)
     with clock.stage("postprocess"):
-        if named is None:
-            best, compared = await _best_of_all(runtime, engine, caller.tenant, outputs, top_k, deadline)
+        if candidates:
+            named = list(dict.fromkeys(candidates))
+            work = partial(_named, runtime, engine, caller.tenant, named, outputs)
+            scored = await runtime.comparing_profiles(work, deadline)
+            best, compared, skipped = _best(top_k, scored), len(scored), 0
         else:
-            # In the database's threads, as a thousand profiles would keep other requests waiting.
-            scored = await runtime.with_profiles(partial(_scored, engine, named, outputs), deadline)
-            best, compared = _best(top_k, scored), len(named)
+            best, compared, skipped = await _best_of_all(runtime, engine, caller.tenant, outputs, top_k, deadline)
     threshold = engine.manifest.speaker.threshold
     identified = best[0][0] if best and best[0][1].llr >= threshold else None
     runtime.metrics.identifications.labels("unknown" if identified is None else "identified").inc()
@@ -123,6 +126,7 @@ async def identify(
             ],
             identified=identified,
             compared=compared,
+            skipped=skipped,
             threshold=threshold,
             speech_s=round(quality.speech_s, 3),
             snr_db=round(quality.snr_db, 1),
@@ -131,36 +135,42 @@ async def identify(
     )
 
 
-async def _named(runtime: Runtime, engine: Engine, tenant: str, ids: list[str], deadline: float) -> list[Profile]:
-    """Whoever is asked for by name must be there and ready. Raises NotFoundError, ProfileIncompleteError,
+def _named(runtime: Runtime, engine: Engine, tenant: str, ids: list[str], outputs: Outputs) -> list[Scored]:
+    """Whoever is asked for by name must be there and ready. Blocking. Raises NotFoundError, ProfileIncompleteError,
     ModelMismatchError."""
-    profiles = await runtime.with_profiles(lambda: runtime.profiles.named(tenant, ids), deadline)
-    missing = sorted(set(ids) - {profile.speaker_id for profile in profiles})
-    if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise NotFoundError(f"no speaker {', '.join(repr(name[:128]) for name in missing[:5])}{more}")
-    for profile in profiles:
-        check_ready(runtime, engine, profile)
-    return profiles
+    scored: list[Scored] = []
+    for first in range(0, len(ids), PAGE):
+        page = ids[first : first + PAGE]
+        profiles = runtime.profiles.named(tenant, page)
+        missing = sorted(set(page) - {profile.speaker_id for profile in profiles})
+        if missing:
+            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            raise NotFoundError(f"no speaker {', '.join(map(repr, missing[:5]))}{more}")
+        for profile in profiles:
+            check_ready(runtime, engine, profile)
+        scored += _scored(engine, profiles, outputs)
+    return scored
 
 
 async def _best_of_all(
     runtime: Runtime, engine: Engine, tenant: str, outputs: Outputs, top_k: int, deadline: float
-) -> tuple[list[Scored], int]:
-    """Page by page, so that others get their turn at the database and a deadline can pass in between."""
+) -> tuple[list[Scored], int, int]:
+    """The best, how many were compared, and how many could not be. Page by page, so that others get their turn and
+    a deadline can pass in between."""
 
     def page(after: str) -> tuple[list[Profile], list[Scored]]:
         found = runtime.profiles.list(tenant, after=after, limit=PAGE)
         return found, _scored(engine, [one for one in found if _is_ready(runtime, engine, one)], outputs)
 
     best: list[Scored] = []
-    after, compared = "", 0
+    after, compared, skipped = "", 0, 0
     while True:
-        found, scored = await runtime.with_profiles(partial(page, after), deadline)
+        found, scored = await runtime.comparing_profiles(partial(page, after), deadline)
         best = _best(top_k, [*best, *scored])
         compared += len(scored)
+        skipped += len(found) - len(scored)
         if len(found) < PAGE:
-            return best, compared
+            return best, compared, skipped
         after = found[-1].speaker_id
 
 

@@ -292,8 +292,8 @@ def _same_model(profile: Profile, engine: Engine) -> tuple[Enrolment, ...]:
     if strange:
         name, version = sorted(strange)[0]
         raise ModelMismatchError(
-            f"the profile was made by {name}@{version}, this is {own[0]}@{own[1]}, and enrolment audio is not kept; "
-            "delete the speaker and enrol again"
+            f"{profile.speaker_id}: the profile was made by {name}@{version}, this is {own[0]}@{own[1]}, and enrolment "
+            "audio is not kept; delete the speaker and enrol again"
         )
     return profile.enrolments
 

@@ -186,6 +186,7 @@ def test_a_voice_is_found_among_the_enrolled(service: RunningService, ada: str, 
         {name: verified[name] for name in ("score", "probability", "cosine")}, abs=1e-3
     )
     assert body["compared"] == len(body["candidates"])
+    assert body["skipped"] == 1  # still enrolling
     scores = [found["score"] for found in body["candidates"]]
     assert scores == sorted(scores, reverse=True)
     best = body["candidates"][0]

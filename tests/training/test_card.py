@@ -62,3 +62,8 @@ def test_a_tuned_model_is_rebuilt_by_fine_tuning() -> None:
         ".venv-dev/bin/sotto finetune training/recipes/mine.yaml --init runs/d/model --run runs/mine"
     )
     assert rebuild("sotto-edge", {"name": "edge", "data": {"root": "x"}})[0].startswith("make train")
+    taught = {"name": "edge-again", "data": {"root": "x"}, "hints": {"weight": 1.0}, "voices": {"weight": 3.0}}
+    assert rebuild("sotto-edge", taught)[:2] == [
+        "make teachers peers",
+        "make train RECIPE=training/recipes/edge-again.yaml",
+    ]

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from model_store import LocalStore, builtin_store_path
 from tests.conftest import REPOSITORY
 from training.distil import DistilRecipe
 from training.errors import RecipeError
@@ -171,6 +172,7 @@ def test_recipe_survives_the_run_file() -> None:
     assert Recipe.model_validate(recipe.model_dump(mode="json")).digest() == recipe.digest()
 
 
+STORE = LocalStore(builtin_store_path())
 KINDS: dict[str, type[BaseModel]] = {
     "edge": Recipe,
     "edge-taught": Recipe,
@@ -224,3 +226,12 @@ def test_shipped_study_has_every_row_of_the_paper_s_table() -> None:
         ("distilled", 0, "full", ("speakers",)),
     }
     assert len({row.schedule for name, row in rows.items() if name != "longer"}) == 1
+
+
+@pytest.mark.parametrize("name", STORE.names())
+def test_what_ships_was_made_by_a_recipe_that_is_here(name: str) -> None:
+    lineage = STORE.resolve(name).manifest.lineage
+    recipe = load_recipe(REPOSITORY / f"training/recipes/{lineage.recipe['name']}.yaml")
+    assert recipe.says_the_same(lineage.recipe)
+    card = STORE.resolve(name).read("MODEL_CARD.md").decode()
+    assert f"make train RECIPE=training/recipes/{recipe.name}.yaml" in card

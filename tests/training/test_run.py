@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,8 @@ import torch
 from tests.conftest import REPOSITORY
 from tests.training.conftest import TinyRun, train_tiny
 from tests.training.made_data import tiny_recipe
-from training.errors import RunError
+from training.errors import RunError, TeacherError
+from training.recipe import Recipe
 from training.run import learning_rate, load_student, prepare, train
 from training.students.edge import Edge
 
@@ -233,6 +235,19 @@ def test_what_a_recipe_comes_after_is_trained_first(made_data: Path, tmp_path: P
     assert run["recipe"]["after"]["schedule"]["steps"] == 2
     assert run["before"] == hashlib.sha256((tmp_path / "run/before/student.pt").read_bytes()).hexdigest()
     assert any(not torch.equal(before.state_dict()[name], value) for name, value in after.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "teacher", [{"hints": {"weight": 1.0, "teacher": "none"}}, {"voices": {"weight": 1.0, "python": "none"}}]
+)
+def test_a_teacher_that_is_not_there_is_missed_before_hours_of_training(
+    made_data: Path, tmp_path: Path, teacher: dict[str, Any]
+) -> None:
+    recipe = tiny_recipe(made_data)
+    later = recipe.model_dump(mode="json") | {"after": recipe.model_dump(mode="json")} | teacher
+    with pytest.raises(TeacherError, match="none"):
+        train(Recipe.model_validate(later), tmp_path / "run", tmp_path / "cache")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_final_weights_can_lie_between_both_runs(made_run: TinyRun, tmp_path: Path) -> None:

@@ -75,6 +75,15 @@ def test_an_interrupted_run_ends_with_the_same_weights(tmp_path: Path, stop: int
     assert len(losses_of(tmp_path / "whole")) == SCHEDULE.steps
 
 
+def test_losses_of_a_run_that_began_without_noting_them_are_none(tmp_path: Path) -> None:
+    fit(job(tmp_path / "run"), stop_after=6)
+    state = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    assert len(state.pop("losses")) == 6
+    torch.save(state, tmp_path / "run/last.pt")
+    fit(job(tmp_path / "run"))
+    assert losses_of(tmp_path / "run") == []
+
+
 def test_killed_in_the_middle_it_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     """kill -9 between two checkpoints: steps since the last one are done again."""
     script = (

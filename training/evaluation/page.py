@@ -85,13 +85,12 @@ def write_page(outcome: Outcome, page: Path) -> None:
         *marks(outcome),
     ]
     if outcome.remarks:
-        lines += ["", "## What this run shows", "", outcome.remarks.strip()]
+        lines += ["", "## What the run that is committed showed", "", outcome.remarks.strip()]
     for section in outcome.sections:
         lines += ["", f"## {section.title}", ""]
         lines += [section.about.strip(), ""] if section.about else []
         lines += table(outcome, section.rows)
         lines += [line for name in section.rows for line in grid(outcome.rows[name])]
-        lines += ["", section.remarks.strip()] if section.remarks else []
     lines += [line for one in outcome.shared for line in shared(outcome, one)]
     for name, title, draw in plots:
         file = page.with_name(f"{page.stem}-{name}.png")
