@@ -65,19 +65,29 @@ def bundle_of(run: Path, data_root: Path, *, say: Say, fitted: bool = True) -> B
     TrainingError.
     """
     draft = run / "bundle"
-    # Export appears whole or not at all; a calibration that was cut off begins again.
     if not (draft / MANIFEST).is_file():
         with TemporaryDirectory(dir=run) as work:
             fresh = Path(work) / "bundle"
             say(f"exporting {run}")
-            export(run, fresh, name=f"sotto-{name_of(run)}", data_root=data_root)
+            manifest = export(run, fresh, name=f"sotto-{name_of(run)}", data_root=data_root)
+            if fitted and _has_both_tasks(manifest):
+                calibrate(fresh, data_root=data_root, say=say)
             fresh.replace(draft)
+        return open_bundle(draft)
     bundle = open_bundle(draft)
-    both = len(bundle.manifest.lineage.recipe.get("tasks", TASKS)) == len(TASKS)
-    if fitted and both and bundle.manifest.speaker.calibration.fitted_on.startswith(UNFITTED):
+    # It may have been exported for its timings only.
+    if fitted and _has_both_tasks(bundle.manifest) and _is_unfitted(bundle.manifest):
         calibrate(draft, data_root=data_root, say=say)
         return open_bundle(draft)
     return bundle
+
+
+def _has_both_tasks(manifest: Manifest) -> bool:
+    return len(manifest.lineage.recipe.get("tasks", TASKS)) == len(TASKS)
+
+
+def _is_unfitted(manifest: Manifest) -> bool:
+    return manifest.speaker.calibration.fitted_on.startswith(UNFITTED)
 
 
 def calibrate(draft: Path, *, data_root: Path | None, say: Say) -> Manifest:

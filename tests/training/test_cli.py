@@ -12,8 +12,10 @@ from tests.training.conftest import TinyRun
 from tests.training.test_corpora import tone
 from tests.training.test_study import OUTCOME
 from training import calibrate as calibrate_module
+from training.calibrate import bundle_of
 from training.cli import app
 from training.errors import TrainingError
+from training.export import write_draft
 
 
 def sotto(*words: object) -> tuple[int, str]:
@@ -63,9 +65,24 @@ def run(made_run: TinyRun, tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_run_is_exported_and_calibrated_once(run: Path, made_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("timed_before", [False, True])
+def test_a_run_is_exported_and_calibrated_once(
+    run: Path, made_data: Path, monkeypatch: pytest.MonkeyPatch, timed_before: bool
+) -> None:
+    """A draft that was made for its timings only is calibrated when it is to be measured."""
     calibrated: list[Path] = []
-    monkeypatch.setattr(calibrate_module, "calibrate", lambda draft, **_: calibrated.append(draft))
+
+    def fit(draft: Path, **_: object) -> None:
+        calibrated.append(draft)
+        manifest = open_bundle(draft).manifest
+        known = manifest.speaker.calibration.model_copy(update={"fitted_on": "made voices"})
+        speaker = manifest.speaker.model_copy(update={"calibration": known})
+        write_draft(draft, manifest.model_copy(update={"speaker": speaker}), {})
+
+    monkeypatch.setattr(calibrate_module, "calibrate", fit)
+    if timed_before:
+        bundle_of(run, made_data, say=lambda _: None, fitted=False)
+        assert calibrated == []
     for _ in range(2):
         code, said = sotto("evaluate", run, "--data", made_data, "--row", "cost")
         assert (code, "multiply-accumulates" in said) == (0, True)
