@@ -1,8 +1,7 @@
 """Rewrites an exported graph so that ONNX Runtime computes it faster, with the same outputs up to the last bits.
 
-`in_two_dimensions`: it has fast kernels for convolutions over height and width only; those over time alone,
-of which transformers' models are full, are slower: the grouped one of 128 taps takes twice as long. So they get a
-height of one.
+`in_two_dimensions`: it has fast kernels for convolutions over height and width only; those over time alone, of
+which transformers' models are full, are slower, the grouped one of 128 taps most of all. So they get a height of one.
 
 `keep_blocked`: it keeps its blocked layout from end to end.
 

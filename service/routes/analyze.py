@@ -10,16 +10,11 @@ from service.audio import SAMPLE_RATE_HZ, Waveform
 from service.engine import Engine
 from service.errors import (
     InvalidRequestError,
-    InvalidSamplesError,
-    ModelMismatchError,
     NoSpeechError,
-    NotFoundError,
-    ProfileIncompleteError,
 )
 from service.intake import deadline_of, receive_clips
 from service.routes.common import (
-    AUDIO_ERRORS,
-    PROFILE_ERRORS,
+    CLAIM_ERRORS,
     Infers,
     ModelParameter,
     audio_body,
@@ -81,15 +76,7 @@ EXAMPLE = {
     response_model_exclude_none=True,
     responses={
         200: {"content": {"application/json": {"example": EXAMPLE}}},
-        **problems(
-            *AUDIO_ERRORS,
-            *PROFILE_ERRORS,
-            InvalidSamplesError,
-            NoSpeechError,
-            NotFoundError,
-            ProfileIncompleteError,
-            ModelMismatchError,
-        ),
+        **problems(*CLAIM_ERRORS),
     },
     openapi_extra=audio_body(several=False),
 )

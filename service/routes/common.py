@@ -18,10 +18,13 @@ from service.errors import (
     ForbiddenError,
     InferenceFailedError,
     InvalidRequestError,
+    InvalidSamplesError,
     MalformedBodyError,
     ModelMismatchError,
+    NoSpeechError,
     NotFoundError,
     OverloadedError,
+    ProfileIncompleteError,
     RateLimitedError,
     ServiceError,
     StorageUnavailableError,
@@ -50,7 +53,16 @@ CALLER_ERRORS: tuple[type[ServiceError], ...] = (
     InvalidRequestError,
 )
 PROFILE_ERRORS: tuple[type[ServiceError], ...] = (StorageUnavailableError, DeadlineExceededError)
-PROFILE_STATE_ERRORS: tuple[type[ServiceError], ...] = (NotFoundError, ModelMismatchError)
+# Of any route that holds one clip against profiles.
+CLAIM_ERRORS: tuple[type[ServiceError], ...] = (
+    *AUDIO_ERRORS,
+    *PROFILE_ERRORS,
+    InvalidSamplesError,
+    NoSpeechError,
+    NotFoundError,
+    ProfileIncompleteError,
+    ModelMismatchError,
+)
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _MEDIA_TYPES = ("audio/wav", "audio/flac", "audio/ogg", "audio/mpeg", "audio/pcm;rate=16000")

@@ -12,16 +12,13 @@ from pydantic import StringConstraints
 
 from service.engine import Engine, Outputs
 from service.errors import (
-    InvalidSamplesError,
     ModelMismatchError,
-    NoSpeechError,
     NotFoundError,
     ProfileIncompleteError,
 )
 from service.intake import deadline_of, receive_clips
 from service.routes.common import (
-    AUDIO_ERRORS,
-    PROFILE_ERRORS,
+    CLAIM_ERRORS,
     SPEAKER_ID,
     Infers,
     ModelParameter,
@@ -32,7 +29,7 @@ from service.routes.common import (
     problems,
     runtime_of,
 )
-from service.routes.speakers import MODEL_EXAMPLE, check_ready, vector_of, voice_of
+from service.routes.speakers import MODEL_EXAMPLE, check_ready, figures_of, vector_of, voice_of
 from service.runtime import Runtime
 from service.schemas import IdentifiedCandidate, IdentifyAnswer
 from service.speakers import scoring
@@ -66,15 +63,7 @@ Scored = tuple[str, scoring.Score]
     response_model=IdentifyAnswer,
     responses={
         200: {"content": {"application/json": {"example": EXAMPLE}}},
-        **problems(
-            *AUDIO_ERRORS,
-            *PROFILE_ERRORS,
-            InvalidSamplesError,
-            NoSpeechError,
-            NotFoundError,
-            ProfileIncompleteError,
-            ModelMismatchError,
-        ),
+        **problems(*CLAIM_ERRORS),
     },
     openapi_extra=audio_body(several=False),
 )
@@ -116,12 +105,7 @@ async def identify(
     return answer(
         IdentifyAnswer(
             candidates=[
-                IdentifiedCandidate(
-                    speaker_id=speaker_id,
-                    score=round(score.llr, 4),
-                    probability=round(scoring.probability(score.llr, runtime.settings.prior), 6),
-                    cosine=round(score.cosine, 5),
-                )
+                IdentifiedCandidate(speaker_id=speaker_id, **figures_of(score, runtime.settings.prior))
                 for speaker_id, score in best
             ],
             identified=identified,

@@ -22,6 +22,7 @@ from service.errors import (
 from service.intake import Clip, deadline_of, receive_clips
 from service.routes.common import (
     AUDIO_ERRORS,
+    CLAIM_ERRORS,
     PROFILE_ERRORS,
     Enrols,
     Infers,
@@ -141,15 +142,7 @@ async def enrol(request: Request, caller: Enrols, speaker_id: SpeakerId, model: 
     response_model=VerifyAnswer,
     responses={
         200: {"content": {"application/json": {"example": VERIFY_EXAMPLE}}},
-        **problems(
-            *AUDIO_ERRORS,
-            *PROFILE_ERRORS,
-            InvalidSamplesError,
-            NoSpeechError,
-            NotFoundError,
-            ProfileIncompleteError,
-            ModelMismatchError,
-        ),
+        **problems(*CLAIM_ERRORS),
     },
     openapi_extra=audio_body(several=False),
 )
@@ -269,11 +262,18 @@ def decide(runtime: Runtime, engine: Engine, profile: Profile, outputs: Outputs)
     return Claim(
         speaker_id=profile.speaker_id,
         accepted=accepted,
-        score=round(claimed.llr, 4),
-        probability=round(scoring.probability(claimed.llr, runtime.settings.prior), 6),
         threshold=threshold,
-        cosine=round(claimed.cosine, 5),
+        **figures_of(claimed, runtime.settings.prior),
     )
+
+
+def figures_of(claimed: scoring.Score, prior: float) -> dict[str, float]:
+    """As answers give a score."""
+    return {
+        "score": round(claimed.llr, 4),
+        "probability": round(scoring.probability(claimed.llr, prior), 6),
+        "cosine": round(claimed.cosine, 5),
+    }
 
 
 def score_against(engine: Engine, profile: Profile, outputs: Outputs) -> scoring.Score:
