@@ -7,9 +7,10 @@ outputs  keyword_logits [batch, frames, labels], speaker_embedding [batch, dim],
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import onnx
+import onnx.utils
 from google.protobuf.message import DecodeError
 
 from model_store.errors import BundleError
@@ -43,6 +44,13 @@ def check_graph(data: bytes, manifest: Manifest) -> None:
     _check_operators(name, model, manifest.graph.opset)
     _check_values(name, "input", model.graph.input, INPUTS)
     _check_values(name, "output", model.graph.output, OUTPUTS)
+
+
+def part_of(graph: bytes, outputs: Sequence[str]) -> bytes:
+    """What of a checked graph these outputs need, with the same inputs. ONNX Runtime runs every node of what it
+    is given, whichever outputs are asked for."""
+    extractor = onnx.utils.Extractor(onnx.ModelProto.FromString(graph))
+    return bytes(extractor.extract_model(list(INPUTS), list(outputs)).SerializeToString())
 
 
 def _check_operators(name: str, model: onnx.ModelProto, opset: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Protocol, cast
+from typing import Literal, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +22,21 @@ class Session(Protocol):
     """What is used of an InferenceSession; its own class carries no types."""
 
     def run(
-        self, outputs: Sequence[str], feeds: Mapping[str, npt.NDArray[np.generic]]
+        self, outputs: Sequence[str] | None, feeds: Mapping[str, npt.NDArray[np.generic]]
     ) -> list[npt.NDArray[np.float32]]: ...
 
 
-def open_session(graph: bytes, *, threads: int) -> Session:
-    """A CPU session with `threads` threads inside one call, none of them spinning.
+Provider = Literal["cpu", "cuda"]
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def is_available(provider: Provider) -> bool:
+    """Whether the installed ONNX Runtime can compute there."""
+    return _PROVIDERS[provider] in onnxruntime.get_available_providers()
+
+
+def open_session(graph: bytes, *, threads: int, provider: Provider = "cpu") -> Session:
+    """A session with `threads` threads inside one call, none of them spinning.
 
     Raises ONNX Runtime's own exceptions, which share no base class.
     """
@@ -37,4 +46,4 @@ def open_session(graph: bytes, *, threads: int) -> Session:
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
-    return cast(Session, onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"]))
+    return cast(Session, onnxruntime.InferenceSession(graph, options, providers=[_PROVIDERS[provider]]))

@@ -55,9 +55,11 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         if not runtime.started:
             await asyncio.to_thread(runtime.start)
+        watching = asyncio.create_task(runtime.watch())
         try:
             yield
         finally:
+            watching.cancel()
             runtime.draining = True
             await asyncio.to_thread(runtime.close, CLOSE_S)
 

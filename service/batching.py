@@ -1,19 +1,25 @@
 """The dynamic batcher: turns single submissions into batched calls. Knows nothing of audio or HTTP.
 
-A worker that is free takes the oldest item at once, together with waiting items of similar size; what
-arrives while all workers are busy waits and is batched by the next free one. So an idle service adds no
-delay and a busy one fills its batches by itself.
+A worker that is free takes the item whose turn it is at once, together with waiting items of its group and
+of similar size; what arrives while all workers are busy waits and is batched by the next free one. So an
+idle service adds no delay and a busy one fills its batches by itself.
 
-Every item ends in exactly one outcome: a result, or one of the exceptions below.
+Turns go by age, and an urgent item counts as older than it is: it goes before others that have waited a
+little longer, and nothing waits for ever.
+
+Every item ends in exactly one outcome: a result, or one of the exceptions below. A worker that dies or
+hangs answers for what it took, and another takes its place.
 """
 
 from __future__ import annotations
 
 import asyncio
+import bisect
+import enum
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -25,10 +31,20 @@ Clock = Callable[[], float]
 WIDEST_RATIO = 1.5
 # Weight of the newest call in the running estimate of seconds of work for each unit of size.
 SPEED_MEMORY = 0.1
-# How often a stopped-looking worker is noticed when nothing else happens.
+# How often a worker that stopped or hangs is noticed.
 SUPERVISION_S = 0.5
+# With this many threads stuck in calls that never end, only a new process helps.
+MOST_STUCK = 4
 
 log = logging.getLogger(__name__)
+
+
+class Priority(enum.Enum):
+    """How many seconds an item gives way to more urgent ones."""
+
+    STREAM = 0.0
+    CLIP = 0.1
+    BULK = 1.0
 
 
 class QueueFullError(Exception):
@@ -48,13 +64,13 @@ class ClosedError(Exception):
 
 
 class CallFailedError(Exception):
-    """The batched call raised; `__cause__` says what."""
+    """The batched call raised (`__cause__` says what), hung, or died with its worker."""
 
 
 class Observer(Protocol):
     """What the batcher reports."""
 
-    def batch_run(self, items: int, duration_s: float) -> None: ...
+    def batch_run(self, items: int, size: float, area: float, duration_s: float) -> None: ...
 
     def queue_changed(self, items: int, size: float) -> None: ...
 
@@ -72,17 +88,22 @@ class Timed(Generic[Result]):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """max_batch items and max_area (padded size: largest x count) a call; max_waiting size in the queue."""
+    """max_batch items and max_area (padded size: largest x count) a call; max_waiting size in the queue;
+    a call that takes longer than hang_s is given up."""
 
     max_batch: int
     max_area: float
     max_waiting: float
+    hang_s: float = 30.0
 
 
 @dataclass(slots=True, eq=False)
 class _Entry(Generic[Item, Result]):
     item: Item
+    group: Hashable
     size: float
+    cost_s: float  # predicted
+    turn: float  # least goes first
     deadline: float
     enqueued: float
     loop: asyncio.AbstractEventLoop
@@ -90,8 +111,22 @@ class _Entry(Generic[Item, Result]):
     done: bool = field(default=False)
 
 
+@dataclass(slots=True, eq=False)
+class _Worker(Generic[Item, Result]):
+    """A thread and the batch it is at. `given_up` means that what it still brings is not wanted."""
+
+    thread: threading.Thread | None = None
+    batch: list[_Entry[Item, Result]] = field(default_factory=list)
+    since: float = 0.0
+    given_up: bool = False
+
+    @property
+    def stopped(self) -> bool:
+        return self.thread is None or not self.thread.is_alive()
+
+
 class Batcher(Generic[Item, Result]):
-    """`call` maps a list of items to as many results, in order; it runs in `workers` threads at once."""
+    """`call` maps items of one group to as many results, in order; it runs in `workers` threads at once."""
 
     def __init__(
         self,
@@ -109,18 +144,25 @@ class Batcher(Generic[Item, Result]):
         self._wake = threading.Condition()
         self._waiting: list[_Entry[Item, Result]] = []
         self._waiting_size = 0.0
-        self._running_size = 0.0
-        self._seconds_per_size = 0.0
+        self._seconds_per_size: dict[Hashable, float] = {}
         self._closing = False
-        self._threads: list[threading.Thread] = []
-        self._wanted_workers = workers
+        self._workers: list[_Worker[Item, Result]] = []
+        self._stuck: list[_Worker[Item, Result]] = []
         self._stop = threading.Event()
         for _ in range(workers):
             self._start_worker()
         self._supervisor = threading.Thread(target=self._supervise, name="batcher-supervisor", daemon=True)
         self._supervisor.start()
 
-    async def submit(self, item: Item, *, size: float, deadline: float) -> Timed[Result]:
+    async def submit(
+        self,
+        item: Item,
+        *,
+        size: float,
+        deadline: float,
+        group: Hashable = None,
+        priority: Priority = Priority.CLIP,
+    ) -> Timed[Result]:
         """Wait for the item's result. `size` is its cost, such as seconds of audio; `deadline` is on the
         batcher's clock. Cancelling the task drops the item before its call.
 
@@ -128,10 +170,13 @@ class Batcher(Generic[Item, Result]):
         """
         loop = asyncio.get_running_loop()
         now = self._clock()
-        entry = _Entry[Item, Result](item, size, deadline, now, loop, loop.create_future())
         with self._wake:
+            cost_s = size * self._rate(group)
+            entry = _Entry[Item, Result](
+                item, group, size, cost_s, now + priority.value, deadline, now, loop, loop.create_future()
+            )
             self._admit(entry, now)
-            self._waiting.append(entry)
+            bisect.insort(self._waiting, entry, key=lambda other: other.turn)
             self._waiting_size += size
             self._report_queue()
             self._wake.notify()
@@ -146,7 +191,13 @@ class Batcher(Generic[Item, Result]):
     def alive(self) -> bool:
         """Whether every worker that should run does."""
         with self._wake:
-            return not self._closing and sum(thread.is_alive() for thread in self._threads) >= self._wanted_workers
+            return not self._closing and not any(worker.stopped or self._hangs(worker) for worker in self._workers)
+
+    @property
+    def beyond_repair(self) -> bool:
+        """Whether so many threads are stuck that the process should be replaced."""
+        with self._wake:
+            return sum(not worker.stopped for worker in self._stuck) >= MOST_STUCK
 
     def close(self, timeout_s: float) -> None:
         """Finish what is queued, then stop. What is left after `timeout_s` fails with ClosedError."""
@@ -155,41 +206,51 @@ class Batcher(Generic[Item, Result]):
             self._wake.notify_all()
         self._stop.set()
         end = time.monotonic() + timeout_s
-        for thread in (*self._threads, self._supervisor):
-            thread.join(max(0.0, end - time.monotonic()))
+        for thread in (*(worker.thread for worker in self._workers), self._supervisor):
+            if thread is not None:
+                thread.join(max(0.0, end - time.monotonic()))
         with self._wake:
             leftover, self._waiting = self._waiting, []
+            for worker in self._workers:
+                worker.given_up = True
+                leftover += worker.batch
         for entry in leftover:
             self._finish(entry, ClosedError("the service is shutting down"))
 
     def _admit(self, entry: _Entry[Item, Result], now: float) -> None:
         if self._closing:
             raise ClosedError("the service is shutting down")
-        ahead = self._waiting_size + self._running_size
-        wait_s = ahead * self._seconds_per_size / max(1, self._wanted_workers)
+        running_s = sum(sum(other.cost_s for other in worker.batch) for worker in self._workers)
+        ahead_s = sum(other.cost_s for other in self._waiting if other.turn <= entry.turn)
+        wait_s = (running_s + ahead_s) / max(1, len(self._workers))
         if self._waiting and self._waiting_size + entry.size > self._limits.max_waiting:
             raise QueueFullError(f"{len(self._waiting)} clips are waiting", max(wait_s, 1.0))
         if now + wait_s > entry.deadline:
             raise QueueFullError(f"the wait would be {wait_s:.1f} s, past the deadline", wait_s)
 
-    def _start_worker(self) -> None:
-        thread = threading.Thread(target=self._work, name="batcher-worker", daemon=True)
-        self._threads.append(thread)
-        thread.start()
+    def _rate(self, group: Hashable) -> float:
+        """Seconds of work for each unit of size; of a group that was never run, as of the slowest."""
+        known = self._seconds_per_size.get(group)
+        return max(self._seconds_per_size.values(), default=0.0) if known is None else known
 
-    def _work(self) -> None:
+    def _start_worker(self) -> None:
+        worker = _Worker[Item, Result]()
+        worker.thread = threading.Thread(target=self._work, args=(worker,), name="batcher-worker", daemon=True)
+        self._workers.append(worker)
+        worker.thread.start()
+
+    def _work(self, worker: _Worker[Item, Result]) -> None:
         while True:
             with self._wake:
                 while not self._waiting and not self._closing:
                     self._wake.wait()
                 if not self._waiting:
                     return
-                batch = self._take()
-                area = sum(entry.size for entry in batch)
-                self._running_size += area
+                batch = worker.batch = self._take()
+                worker.since = self._clock()
             try:
                 if batch:
-                    self._run(batch)
+                    self._run(worker, batch)
             except BaseException:
                 # Even a worker that dies answers for what it took; the supervisor starts another.
                 for entry in batch:
@@ -197,33 +258,39 @@ class Batcher(Generic[Item, Result]):
                 raise
             finally:
                 with self._wake:
-                    self._running_size -= area
+                    worker.batch = []
+            if worker.given_up:
+                return
 
     def _take(self) -> list[_Entry[Item, Result]]:
-        """The oldest item and later ones of similar size, within the limits; expired ones are answered."""
+        """The item whose turn it is and others that may share its call, within the limits; expired ones are
+        answered."""
         now = self._clock()
-        expired = [entry for entry in self._waiting if entry.deadline <= now or entry.future.cancelled()]
-        for entry in expired:
-            self._waiting.remove(entry)
-            self._finish(entry, ExpiredError("the deadline passed in the queue"))
+        standing: list[_Entry[Item, Result]] = []
+        for entry in self._waiting:
+            if entry.deadline <= now or entry.future.cancelled():
+                self._finish(entry, ExpiredError("the deadline passed in the queue"))
+            else:
+                standing.append(entry)
         batch: list[_Entry[Item, Result]] = []
-        if self._waiting:
-            smallest = largest = self._waiting[0].size
-            for entry in self._waiting:
+        if standing:
+            smallest = largest = standing[0].size
+            for entry in standing:
                 low, high = min(smallest, entry.size), max(largest, entry.size)
                 fits = high <= WIDEST_RATIO * low and high * (len(batch) + 1) <= self._limits.max_area
-                if not batch or fits:
+                if not batch or (entry.group == batch[0].group and fits):
                     batch.append(entry)
                     smallest, largest = low, high
                 if len(batch) >= self._limits.max_batch:
                     break
             taken = set(map(id, batch))
-            self._waiting = [entry for entry in self._waiting if id(entry) not in taken]
-        self._waiting_size = sum(entry.size for entry in self._waiting)
+            standing = [entry for entry in standing if id(entry) not in taken]
+        self._waiting = standing
+        self._waiting_size = sum(entry.size for entry in standing)
         self._report_queue()
         return batch
 
-    def _run(self, batch: list[_Entry[Item, Result]]) -> None:
+    def _run(self, worker: _Worker[Item, Result], batch: list[_Entry[Item, Result]]) -> None:
         start, tick = self._clock(), time.perf_counter()
         try:
             results = self._call([entry.item for entry in batch])
@@ -238,19 +305,27 @@ class Batcher(Generic[Item, Result]):
                 self._finish(entry, failure)
             return
         call_s = time.perf_counter() - tick
-        self._learn_speed(call_s, max(entry.size for entry in batch) * len(batch))
-        self._observer.batch_run(len(batch), call_s)
+        if worker.given_up:
+            return
+        size, area = sum(entry.size for entry in batch), max(entry.size for entry in batch) * len(batch)
+        self._learn_speed(batch[0].group, call_s, area)
+        self._observer.batch_run(len(batch), size, area, call_s)
         for entry, result in zip(batch, results, strict=True):
             self._finish(entry, Timed(result, max(0.0, start - entry.enqueued), call_s))
 
-    def _learn_speed(self, call_s: float, area: float) -> None:
+    def _learn_speed(self, group: Hashable, call_s: float, area: float) -> None:
         rate = call_s / max(area, 1e-9)
         with self._wake:
-            known = self._seconds_per_size
-            self._seconds_per_size = rate if known == 0 else known + SPEED_MEMORY * (rate - known)
+            known = self._seconds_per_size.get(group)
+            self._seconds_per_size[group] = rate if known is None else known + SPEED_MEMORY * (rate - known)
+
+    def forget(self, group: Hashable) -> None:
+        """Drop what was learnt of a group that will not come back."""
+        with self._wake:
+            self._seconds_per_size.pop(group, None)
 
     def _finish(self, entry: _Entry[Item, Result], outcome: Timed[Result] | Exception) -> None:
-        """Deliver on the submitter's loop; a submitter that is gone takes nothing with it."""
+        """Deliver on the submitter's loop, once; a submitter that is gone takes nothing with it."""
         entry.done = True
 
         def deliver() -> None:
@@ -276,12 +351,24 @@ class Batcher(Generic[Item, Result]):
     def _report_queue(self) -> None:
         self._observer.queue_changed(len(self._waiting), self._waiting_size)
 
+    def _hangs(self, worker: _Worker[Item, Result]) -> bool:
+        return bool(worker.batch) and self._clock() - worker.since > self._limits.hang_s
+
     def _supervise(self) -> None:
-        """Replace workers that died."""
+        """Replace workers that died, and those that hang: a thread cannot be stopped, but it can be left."""
         while not self._stop.wait(SUPERVISION_S):
             with self._wake:
-                dead = [thread for thread in self._threads if not thread.is_alive()]
-                for thread in dead:
-                    self._threads.remove(thread)
-                    self._observer.worker_failed("restart")
-                    self._start_worker()
+                for worker in [worker for worker in self._workers if worker.stopped]:
+                    self._replace(worker, "restart")
+                for worker in [worker for worker in self._workers if self._hangs(worker)]:
+                    worker.given_up = True
+                    self._stuck.append(worker)
+                    for entry in worker.batch:
+                        self._finish(entry, CallFailedError(f"the call hung for {self._limits.hang_s:g} s"))
+                    self._replace(worker, "hang")
+                self._stuck = [worker for worker in self._stuck if not worker.stopped]
+
+    def _replace(self, worker: _Worker[Item, Result], kind: str) -> None:
+        self._workers.remove(worker)
+        self._observer.worker_failed(kind)
+        self._start_worker()

@@ -1,45 +1,82 @@
-"""A loaded bundle: one shared ONNX Runtime session and typed outputs. Immutable; safe from any thread."""
+"""A loaded bundle: ONNX Runtime sessions and typed outputs. Immutable; safe from any thread."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from model_store import Bundle, Manifest, verify_bundle
-from model_store.graph import OUTPUTS
-from model_store.inference import open_session
+from model_store.graph import OUTPUTS, part_of
+from model_store.inference import Provider, Session, open_session
 from model_store.verify import read_cohort
 from service.audio import SAMPLE_RATE_HZ, Waveform
 
 Array = npt.NDArray[np.float32]
 
+# What a caller needs of the graph. Keywords alone cost about three quarters of everything.
+Part = Literal["keywords", "speaker", "all"]
+PARTS: dict[Part, tuple[str, ...]] = {
+    "keywords": ("keyword_logits",),
+    "speaker": ("speaker_embedding",),
+    "all": tuple(OUTPUTS),
+}
+# Resident bytes of a session for each byte of its graph: the weights as given and as packed for the kernels.
+MEMORY_FACTOR = 3
+# (seconds, clips) run before the first caller comes, the largest batch in place of None.
+WARM_UP = ((1.0, 1), (1.0, None), (4.0, 2), (10.0, 1))
+
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """One clip's share of a graph call; T frames of `frame_hop_s`, K labels with background first."""
+    """One clip's share of a graph call; T frames of `frame_hop_s`, K labels with background first. What the
+    call's part does not hold raises KeyError."""
 
-    keyword_logits: Array  # [T, K]
-    speaker_embedding: Array  # [D], unit length
-    embedding: Array  # [E], unit length
-    frames: Array  # [T, E]
+    arrays: Mapping[str, Array]
+
+    @property
+    def keyword_logits(self) -> Array:
+        """[T, K]."""
+        return self.arrays["keyword_logits"]
+
+    @property
+    def speaker_embedding(self) -> Array:
+        """[D], unit length."""
+        return self.arrays["speaker_embedding"]
+
+    @property
+    def embedding(self) -> Array:
+        """[E], unit length."""
+        return self.arrays["embedding"]
+
+    @property
+    def frames(self) -> Array:
+        """[T, E]."""
+        return self.arrays["frames"]
 
 
 class Engine:
-    """Runs the clip graph of one bundle."""
+    """Runs the clip graph of one bundle, or the part of it that is asked for."""
 
-    def __init__(self, bundle: Bundle, *, intra_op_threads: int) -> None:
+    def __init__(self, bundle: Bundle, *, intra_op_threads: int, provider: Provider = "cpu") -> None:
         """Verifies the whole bundle first. Raises model_store.BundleError."""
         verify_bundle(bundle)
         self.bundle = bundle
         self.manifest: Manifest = bundle.manifest
         self.cohort = self._load_cohort()
-        self._session = open_session(bundle.read(self.manifest.graph.file), threads=intra_op_threads)
+        self.memory_bytes = 0
+        graph = bundle.read(self.manifest.graph.file)
+        self._sessions: dict[Part, Session] = {}
+        for part, names in PARTS.items():
+            own = graph if part == "all" else part_of(graph, names)
+            self._sessions[part] = open_session(own, threads=intra_op_threads, provider=provider)
+            self.memory_bytes += MEMORY_FACTOR * len(own)
         self._hop = round(self.manifest.keywords.frame_hop_s * SAMPLE_RATE_HZ)
 
-    def run(self, waveforms: Sequence[Waveform]) -> list[Outputs]:
+    def run(self, waveforms: Sequence[Waveform], part: Part = "all") -> list[Outputs]:
         """One graph call for all clips, padded to the longest; results do not depend on the neighbours."""
         lengths = np.array([len(waveform.samples) for waveform in waveforms], dtype=np.int64)
         if len(waveforms) == 1:
@@ -48,19 +85,27 @@ class Engine:
             batch = np.zeros((len(waveforms), int(lengths.max())), dtype=np.float32)
             for row, waveform in enumerate(waveforms):
                 batch[row, : len(waveform.samples)] = waveform.samples
-        logits, speaker, embedding, frames = self._session.run(list(OUTPUTS), {"waveform": batch, "lengths": lengths})
+        names = PARTS[part]
+        found = self._sessions[part].run(names, {"waveform": batch, "lengths": lengths})
         counts = -(-lengths // self._hop)
         return [
-            Outputs(logits[row, :count], speaker[row], embedding[row], frames[row, :count])
+            Outputs(
+                {
+                    # Those with a time axis end where the clip does.
+                    name: values[row, :count] if values.ndim == 3 else values[row]
+                    for name, values in zip(names, found, strict=True)
+                }
+            )
             for row, count in enumerate(counts)
         ]
 
     def warm_up(self, largest_batch: int) -> None:
         """Run the shapes that traffic will bring, so that the first caller does not pay for them."""
         rng = np.random.default_rng(0)
-        for seconds, count in ((1.0, 1), (1.0, largest_batch), (4.0, 2), (10.0, 1)):
-            noise = rng.standard_normal(int(seconds * SAMPLE_RATE_HZ)).astype(np.float32) * np.float32(0.01)
-            self.run([Waveform(noise)] * count)
+        for part in PARTS:
+            for seconds, count in WARM_UP:
+                noise = rng.standard_normal(int(seconds * SAMPLE_RATE_HZ)).astype(np.float32) * np.float32(0.01)
+                self.run([Waveform(noise)] * (count or largest_batch), part)
 
     def _load_cohort(self) -> Array | None:
         name = self.manifest.speaker.cohort_file

@@ -8,6 +8,7 @@ ServiceError
  ├─ 404 NotFoundError             not_found
  ├─ 409 ProfileIncompleteError    profile_incomplete
  ├─ 409 ModelMismatchError        model_mismatch
+ ├─ 409 ModelUnusableError        model_unusable
  ├─ 413 AudioTooLargeError        audio_too_large
  ├─ 415 UnsupportedMediaTypeError unsupported_media_type
  ├─ 422 AudioTooShortError        audio_too_short
@@ -137,6 +138,12 @@ class ModelMismatchError(ServiceError):
     """The profile was made by another model."""
 
     status, code, title = 409, "model_mismatch", "Profile was made by another model"
+
+
+class ModelUnusableError(ServiceError):
+    """That version does not pass its checks, or the store cannot be written; what served before still does."""
+
+    status, code, title = 409, "model_unusable", "Model cannot be used"
 
 
 class AudioTooLargeError(ServiceError):

@@ -39,6 +39,9 @@ class Metrics:
         self.batch_size = Histogram(
             "sotto_batch_size", "Clips in one graph call.", buckets=(1, 2, 4, 8, 16, 32, 64), registry=registry
         )
+        self.padded_seconds = Counter(
+            "sotto_padded_audio_seconds_total", "Silence computed to bring clips to one length.", registry=registry
+        )
         self.queue_depth = Gauge("sotto_queue_depth", "Clips waiting for a graph call.", registry=registry)
         self.queued_audio = Gauge("sotto_queued_audio_seconds", "Audio waiting for a graph call.", registry=registry)
         self.rejects = Counter(
@@ -62,11 +65,16 @@ class Metrics:
             "sotto_enrolment_clips_total", "Enrolment clips by outcome.", ("outcome",), registry=registry
         )
         self.worker_failures = Counter(
-            "sotto_worker_failures_total", "Graph calls that raised, and workers that had to be restarted.",
+            "sotto_worker_failures_total", "Graph calls that raised or hung, and workers that died.",
             ("kind",), registry=registry,
         )  # fmt: skip
-        for kind in ("call", "restart"):
+        for kind in ("call", "restart", "hang"):
             self.worker_failures.labels(kind)
         self.ready = Gauge("sotto_ready", "1 while the service takes requests.", registry=registry)
         self.inference_threads = Gauge("sotto_inference_threads", "Concurrent graph calls in use.", registry=registry)
+        self.intra_op_threads = Gauge("sotto_intra_op_threads", "Threads in one graph call.", registry=registry)
+        self.loop_lag = Histogram(
+            "sotto_event_loop_lag_seconds", "How late the event loop wakes what sleeps.",
+            buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5), registry=registry,
+        )  # fmt: skip
         self.model = Info("sotto_model", "The default model.", registry=registry)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TypeVar
 
-from model_store import BundleError, LocalStore, ModelNotFoundError
+from model_store import Bundle, LocalStore, StoreError, verify_bundle
+from model_store.graph import part_of
+from model_store.inference import is_available
 from service import audio
 from service.auth import Authenticator
 from service.batching import (
@@ -17,17 +21,19 @@ from service.batching import (
     ClosedError,
     ExpiredError,
     Limits,
+    Priority,
     QueueFullError,
 )
-from service.engine import Engine, Outputs
+from service.engine import PARTS, Engine, Outputs, Part
 from service.errors import (
     DeadlineExceededError,
     InferenceFailedError,
-    NotFoundError,
     OverloadedError,
 )
 from service.intake import Clip
 from service.metrics import Metrics
+from service.models import Models
+from service.probe import choose_threads
 from service.settings import Settings, available_cpus
 from service.speakers.store import ProfileStore
 from service.timing import StageClock
@@ -36,6 +42,19 @@ T = TypeVar("T")
 # Two seconds of 16 kHz WAV.
 INLINE_BYTES = 64 * 1024
 DRAIN_RETRY_AFTER_S = 1.0
+LOADING_RETRY_AFTER_S = 2.0
+LAG_EVERY_S = 0.25
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One clip and what is wanted of it."""
+
+    engine: Engine
+    part: Part
+    waveform: audio.Waveform
 
 
 class BatchObserver:
@@ -44,8 +63,9 @@ class BatchObserver:
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
 
-    def batch_run(self, items: int, duration_s: float) -> None:  # noqa: ARG002  durations are per request
+    def batch_run(self, items: int, size: float, area: float, duration_s: float) -> None:  # noqa: ARG002  stages time it
         self._metrics.batch_size.observe(items)
+        self._metrics.padded_seconds.inc(area - size)
 
     def queue_changed(self, items: int, size: float) -> None:
         self._metrics.queue_depth.set(items)
@@ -63,6 +83,15 @@ class Runtime:
         self.metrics = Metrics()
         self.authenticator = Authenticator(settings)
         self.store = LocalStore(settings.models_dir)
+        self.models = Models(
+            self.store,
+            settings.model,
+            load=self._load,
+            most_bytes=settings.models_memory_bytes,
+            became_default=self._became_default,
+            unloaded=self._unloaded,
+        )
+        self.intra_op_threads = 1
         self.started = False
         self.draining = False
 
@@ -73,14 +102,17 @@ class Runtime:
         """
         settings = self.settings
         cpus = available_cpus()
-        self.engine = Engine(self.store.resolve(settings.model), intra_op_threads=settings.intra_op_threads)
-        self.engine.warm_up(min(settings.max_batch, 8))
+        if not is_available(settings.provider):
+            raise StoreError(f"SOTTO_PROVIDER={settings.provider}: this ONNX Runtime cannot; install onnxruntime-gpu")
+        callers = self._choose_threads(cpus)
+        self.models.start()
         self.profiles = ProfileStore(settings.profiles_url)
-        workers = settings.inference_threads or max(1, cpus // settings.intra_op_threads)
-        self.batcher: Batcher[audio.Waveform, Outputs] = Batcher(
-            self.engine.run,
-            workers=workers,
-            limits=Limits(settings.max_batch, settings.max_batch_audio_s, settings.max_queued_audio_s),
+        self.batcher: Batcher[Job, Outputs] = Batcher(
+            _run_jobs,
+            workers=callers,
+            limits=Limits(
+                settings.max_batch, settings.max_batch_audio_s, settings.max_queued_audio_s, settings.call_timeout_s
+            ),
             observer=BatchObserver(self.metrics),
         )
         self.decoders = ThreadPoolExecutor(settings.decode_threads or cpus, thread_name_prefix="decode")
@@ -88,18 +120,13 @@ class Runtime:
         self.database = ThreadPoolExecutor(4, thread_name_prefix="profiles")
         # Identification reads many profiles: one at a time, so that a verification never queues behind it.
         self.comparing = ThreadPoolExecutor(1, thread_name_prefix="identify")
-        self.metrics.inference_threads.set(workers)
-        self.metrics.model.info(
-            {
-                "name": self.engine.manifest.name,
-                "version": str(self.engine.manifest.version),
-                "digest": self.engine.bundle.digest,
-            }
-        )
-        for keyword in self.engine.manifest.keywords.labels:
-            self.metrics.detections.labels(keyword.label)
         self.metrics.ready.set(1)
         self.started = True
+
+    @property
+    def engine(self) -> Engine:
+        """Of requests that name no model."""
+        return self.models.default
 
     def close(self, grace_s: float) -> None:
         """Finish what is queued, then stop every thread. Blocking."""
@@ -119,22 +146,35 @@ class Runtime:
             store = False
         return {"accepting": not self.draining, "inference": self.batcher.alive, "profiles": store}
 
-    def engine_for(self, reference: str | None) -> Engine:
-        """The loaded engine a `model` parameter names. Raises NotFoundError."""
+    async def engine_for(self, reference: str | None, deadline: float) -> Engine:
+        """The engine a `model` parameter names, loaded if need be. Raises ServiceError."""
         if reference is None:
-            return self.engine
+            return self.models.default
         try:
-            bundle = self.store.resolve(reference)
-        except (ModelNotFoundError, BundleError) as error:
-            raise NotFoundError(str(error)) from error
-        if bundle.digest != self.engine.bundle.digest:
-            loaded = self.engine.manifest
-            raise NotFoundError(f"{reference} is not loaded; this service runs {loaded.name}@{loaded.version}")
-        return self.engine
+            async with _until(deadline):
+                return await self.models.named(reference)
+        except TimeoutError as error:
+            raise OverloadedError(f"{reference} is still being loaded", retry_after_s=LOADING_RETRY_AFTER_S) from error
 
-    async def decode(self, clip: Clip, clock: StageClock, deadline: float) -> audio.Waveform:
+    async def watch(self) -> None:
+        """Beside the requests, as long as the service runs: the event loop's lag, and a default alias that moves."""
+        refreshed = time.monotonic()
+        while True:
+            due = time.monotonic() + LAG_EVERY_S
+            await asyncio.sleep(LAG_EVERY_S)
+            self.metrics.loop_lag.observe(max(0.0, time.monotonic() - due))
+            every_s = self.settings.models_refresh_s
+            if every_s and time.monotonic() - refreshed > every_s:
+                refreshed = time.monotonic()
+                try:
+                    await self.models.refresh()
+                # A store that cannot be read now must not end this for good.
+                except Exception:
+                    log.exception("the model store could not be looked at")
+
+    async def decode(self, engine: Engine, clip: Clip, clock: StageClock, deadline: float) -> audio.Waveform:
         """Decode: what is large or compressed in a worker thread. Raises ServiceError."""
-        limits = self.engine.manifest.audio
+        limits = engine.manifest.audio
         longest_s = min(limits.longest_s, self.settings.longest_audio_s)
 
         def work() -> audio.Waveform:
@@ -145,11 +185,26 @@ class Runtime:
         self.metrics.audio_seconds.inc(waveform.duration_s)
         return waveform
 
-    async def infer(self, waveform: audio.Waveform, clock: StageClock, deadline: float) -> Outputs:
+    async def infer(
+        self,
+        engine: Engine,
+        waveform: audio.Waveform,
+        clock: StageClock,
+        deadline: float,
+        part: Part = "all",
+        *,
+        priority: Priority = Priority.CLIP,
+    ) -> Outputs:
         """One clip through the batcher. Raises ServiceError."""
         try:
             async with _until(deadline):
-                timed = await self.batcher.submit(waveform, size=waveform.duration_s, deadline=deadline)
+                timed = await self.batcher.submit(
+                    Job(engine, part, waveform),
+                    size=waveform.duration_s,
+                    deadline=deadline,
+                    group=(engine.bundle.digest, part),
+                    priority=priority,
+                )
         except QueueFullError as error:
             raise OverloadedError(str(error), retry_after_s=error.retry_after_s) from error
         except (ExpiredError, TimeoutError) as error:
@@ -170,6 +225,40 @@ class Runtime:
         """Run a database call that reads many profiles, after those before it. Raises ServiceError."""
         return await self._within(self.comparing, work, deadline)
 
+    def _load(self, bundle: Bundle) -> Engine:
+        engine = Engine(bundle, intra_op_threads=self.intra_op_threads, provider=self.settings.provider)
+        engine.warm_up(min(self.settings.max_batch, 8))
+        return engine
+
+    def _choose_threads(self, cpus: int) -> int:
+        """Sets threads within a call; returns the number of calls at once. Raises model_store.StoreError."""
+        settings = self.settings
+        callers, intra_op = settings.inference_threads, settings.intra_op_threads
+        if not callers and not intra_op and settings.provider == "cpu":
+            bundle = self.store.resolve(settings.model)
+            verify_bundle(bundle)
+            graph = part_of(bundle.read(bundle.manifest.graph.file), PARTS["keywords"])
+            chosen = choose_threads(graph, cpus)
+            log.info("graph calls at once, threads in each, seconds of audio a second: %s", chosen.rates)
+            callers, intra_op = chosen.callers, chosen.intra_op
+        self.intra_op_threads = intra_op or 1
+        callers = callers or max(1, cpus // self.intra_op_threads)
+        self.metrics.inference_threads.set(callers)
+        self.metrics.intra_op_threads.set(self.intra_op_threads)
+        return callers
+
+    def _became_default(self, engine: Engine) -> None:
+        manifest = engine.manifest
+        self.metrics.model.info(
+            {"name": manifest.name, "version": str(manifest.version), "digest": engine.bundle.digest}
+        )
+        for keyword in manifest.keywords.labels:
+            self.metrics.detections.labels(keyword.label)
+
+    def _unloaded(self, engine: Engine) -> None:
+        for part in PARTS:
+            self.batcher.forget((engine.bundle.digest, part))
+
     async def _within(self, pool: ThreadPoolExecutor, work: Callable[[], T], deadline: float) -> T:
         if time.monotonic() >= deadline:
             raise DeadlineExceededError("the deadline passed before the work began")
@@ -179,6 +268,11 @@ class Runtime:
                 return await loop.run_in_executor(pool, work)
         except TimeoutError as error:
             raise DeadlineExceededError("the deadline passed") from error
+
+
+def _run_jobs(jobs: list[Job]) -> list[Outputs]:
+    """Jobs of one group: the same engine, the same part."""
+    return jobs[0].engine.run([job.waveform for job in jobs], jobs[0].part)
 
 
 def _cheap(clip: Clip) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class _Answer(BaseModel):
@@ -217,6 +217,23 @@ class ModelAnswer(_Answer):
     versions: list[ModelVersion]
 
 
+class AliasMove(BaseModel):
+    """Which version an alias shall mean."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: int = Field(ge=1, le=999_999_999)
+
+
+class AliasAnswer(_Answer):
+    """Where the alias points now, and what requests without `model` get."""
+
+    name: str
+    alias: str
+    version: int
+    default: ModelInfo
+
+
 class ModelsAnswer(_Answer):
     """All models of the store; `default` is what requests without `model` get."""
 
@@ -225,9 +242,9 @@ class ModelsAnswer(_Answer):
 
 
 class HealthAnswer(_Answer):
-    """The process is up."""
+    """The process is up; `stuck` where only a new one helps."""
 
-    status: Literal["ok"]
+    status: Literal["ok", "stuck"]
 
 
 class ReadyAnswer(_Answer):

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from model_store import builtin_store_path
+from model_store.inference import Provider
 
 Scope = Literal["infer", "enrol", "admin"]
 PREFIX = "SOTTO_"
@@ -38,6 +39,12 @@ class Settings(BaseSettings):
     database_url: str | None = Field(default=None, repr=False, description="SQLAlchemy URL in place of SQLite.")
     models_dir: Path = Field(default_factory=builtin_store_path, description="Folder of the model store.")
     model: str = Field(default="sotto-edge", description="Default model: name, name@version or name@alias.")
+    models_memory_bytes: int = Field(
+        default=2**30, ge=2**20, description="Beyond this (an estimate), models not used lately are unloaded."
+    )
+    models_refresh_s: float = Field(
+        default=10.0, ge=0, description="How often to look whether the default model's alias has moved; 0: never."
+    )
 
     api_keys: tuple[ApiKey, ...] = Field(default=(), repr=False, description="JSON list; see `sotto keys new`.")
     rate_per_minute: int = Field(default=0, ge=0, description="Requests a minute for each key; 0 is unlimited.")
@@ -47,11 +54,13 @@ class Settings(BaseSettings):
     request_timeout_s: float = Field(default=10.0, gt=0, le=120, description="Default and greatest deadline.")
     clips_per_request: int = Field(default=16, ge=1, le=256)
 
-    inference_threads: int = Field(default=0, ge=0, le=256, description="Concurrent graph calls; 0: one a CPU.")
-    intra_op_threads: int = Field(default=1, ge=1, le=64, description="Threads inside one graph call.")
+    inference_threads: int = Field(default=0, ge=0, le=256, description="Graph calls at once; 0: measured at start.")
+    intra_op_threads: int = Field(default=0, ge=0, le=64, description="Threads in one call; 0: measured at start.")
+    provider: Provider = Field(default="cpu", description="Where graphs run; `cuda` needs onnxruntime-gpu.")
     decode_threads: int = Field(default=0, ge=0, le=256, description="Concurrent decodes; 0: one a CPU.")
     max_batch: int = Field(default=8, ge=1, le=256)
     max_batch_audio_s: float = Field(default=32.0, gt=0, description="Cap on padded audio in one graph call.")
+    call_timeout_s: float = Field(default=30.0, gt=0, description="A graph call that takes longer is given up.")
     max_queued_audio_s: float = Field(default=1200.0, gt=0, description="Beyond this much waiting audio: 503.")
 
     enroll_required_speech_s: float = Field(default=2.0, gt=0)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query, Request, Response
 
 from service.audio import SAMPLE_RATE_HZ, Waveform
-from service.engine import Engine
+from service.engine import Engine, Part
 from service.errors import (
     InvalidRequestError,
     NoSpeechError,
@@ -95,7 +95,7 @@ async def analyze(
     """Each part as its own route would answer; with `speaker_id`, each detection says who spoke it."""
     runtime, clock = runtime_of(request), clock_of(request)
     deadline = deadline_of(request, runtime.settings)
-    engine = runtime.engine_for(model)
+    engine = await runtime.engine_for(model, deadline)
     allowed = allowed_labels(engine, keywords)
     if speaker_id is not None and not {"keywords", "speaker"} & set(tasks):
         raise InvalidRequestError("speaker_id needs the task `keywords` or `speaker`")
@@ -103,11 +103,11 @@ async def analyze(
     if speaker_id is not None:
         profile = await ready_profile(runtime, engine, caller.tenant, speaker_id, deadline)
     (clip,) = await receive_clips(request, runtime.settings, clock, deadline, at_most=1)
-    waveform = await runtime.decode(clip, clock, deadline)
+    waveform = await runtime.decode(engine, clip, clock, deadline)
     quality = measure(waveform)
     if "speaker" in tasks and quality.speech_s == 0:
         raise NoSpeechError("the clip holds silence or steady noise only; it has no speaker")
-    outputs = await runtime.infer(waveform, clock, deadline)
+    outputs = await runtime.infer(engine, waveform, clock, deadline, _part(tasks))
     body = AnalyzeAnswer(model=model_info(engine), duration_s=waveform.duration_s)
     parts: dict[str, object] = {}
     if "keywords" in tasks:
@@ -130,6 +130,12 @@ async def analyze(
     return Response(body.model_copy(update=parts).model_dump_json(exclude_none=True), media_type="application/json")
 
 
+def _part(tasks: list[Task]) -> Part:
+    """What of the graph these tasks need."""
+    wanted = set(tasks)
+    return "keywords" if wanted == {"keywords"} else "speaker" if wanted == {"speaker"} else "all"
+
+
 async def _with_speaker(
     runtime: Runtime,
     engine: Engine,
@@ -144,7 +150,7 @@ async def _with_speaker(
     marked = []
     for detection in detections:
         stretch = _around(waveform, detection.start_s, detection.end_s)
-        outputs = await runtime.infer(stretch, clock, deadline)
+        outputs = await runtime.infer(engine, stretch, clock, deadline, "speaker")
         claimed = score_against(engine, profile, outputs)
         own = claimed.llr >= engine.manifest.speaker.threshold
         marked.append(detection.model_copy(update={"spoken_by_speaker": own}))

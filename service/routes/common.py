@@ -125,8 +125,13 @@ async def may_enrol(request: Request) -> Caller:
     return runtime_of(request).authenticator.caller(request, "enrol")
 
 
+async def may_administer(request: Request) -> Caller:
+    return runtime_of(request).authenticator.caller(request, "admin")
+
+
 Infers = Annotated[Caller, Depends(may_infer)]
 Enrols = Annotated[Caller, Depends(may_enrol)]
+Administers = Annotated[Caller, Depends(may_administer)]
 ModelParameter = Annotated[
     str | None, Query(max_length=100, description="`name`, `name@version` or `name@alias`; default: the service's.")
 ]

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from fastapi import APIRouter, Query, Request, Response
 
-from service.engine import Outputs
+from service.batching import Priority
+from service.engine import Outputs, Part
 from service.errors import InvalidSamplesError, NoSpeechError, NotFoundError
 from service.intake import Clip, deadline_of, receive_clips
 from service.routes.common import (
@@ -60,14 +61,18 @@ async def embed(
     """One entry a clip, in order. `speaker` and `utterance` vectors have unit length."""
     runtime, clock = runtime_of(request), clock_of(request)
     deadline = deadline_of(request, runtime.settings)
-    engine = runtime.engine_for(model)
+    engine = await runtime.engine_for(model, deadline)
     clips = await receive_clips(request, runtime.settings, clock, deadline, at_most=runtime.settings.clips_per_request)
 
+    part: Part = "speaker" if type == "speaker" else "all"
+    # Who sends many clips at once waits for them all, so they give way to those who sent one.
+    priority = Priority.CLIP if len(clips) == 1 else Priority.BULK
+
     async def one(index: int, clip: Clip) -> EmbeddingEntry:
-        waveform = await runtime.decode(clip, clock, deadline)
+        waveform = await runtime.decode(engine, clip, clock, deadline)
         if type == "speaker" and measure(waveform).speech_s == 0:
             raise NoSpeechError(f"clip {index} holds silence or steady noise only; it has no speaker")
-        outputs = await runtime.infer(waveform, clock, deadline)
+        outputs = await runtime.infer(engine, waveform, clock, deadline, part, priority=priority)
         with clock.stage("postprocess"):
             values = _pick(outputs, type)
             frames = len(values) if values.ndim == 2 else None
@@ -87,7 +92,9 @@ async def embed(
 
 
 def _pick(outputs: Outputs, kind: Kind) -> npt.NDArray[np.float32]:
-    return {"speaker": outputs.speaker_embedding, "utterance": outputs.embedding, "frames": outputs.frames}[kind]
+    if kind == "speaker":
+        return outputs.speaker_embedding
+    return outputs.embedding if kind == "utterance" else outputs.frames
 
 
 def _base64(values: npt.NDArray[np.float32]) -> str:

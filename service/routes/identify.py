@@ -88,9 +88,9 @@ async def identify(
     """
     runtime, clock = runtime_of(request), clock_of(request)
     deadline = deadline_of(request, runtime.settings)
-    engine = runtime.engine_for(model)
+    engine = await runtime.engine_for(model, deadline)
     (clip,) = await receive_clips(request, runtime.settings, clock, deadline, at_most=1)
-    outputs, quality = await voice_of(runtime, clip, clock, deadline)
+    outputs, quality = await voice_of(runtime, engine, clip, clock, deadline)
     with clock.stage("postprocess"):
         if candidates:
             named = list(dict.fromkeys(candidates))

@@ -65,11 +65,11 @@ async def detect(
     """Events above threshold, in time order, for clips of any allowed length; and the clip-level ranking."""
     runtime, clock = runtime_of(request), clock_of(request)
     deadline = deadline_of(request, runtime.settings)
-    engine = runtime.engine_for(model)
+    engine = await runtime.engine_for(model, deadline)
     allowed = allowed_labels(engine, keywords)
     (clip,) = await receive_clips(request, runtime.settings, clock, deadline, at_most=1)
-    waveform = await runtime.decode(clip, clock, deadline)
-    outputs = await runtime.infer(waveform, clock, deadline)
+    waveform = await runtime.decode(engine, clip, clock, deadline)
+    outputs = await runtime.infer(engine, waveform, clock, deadline, "keywords")
     with clock.stage("postprocess"):
         detections, top = spot(engine, outputs, waveform.duration_s, allowed, threshold, top_k)
         for detection in detections:
@@ -101,7 +101,8 @@ async def detect(
 )
 async def list_keywords(request: Request, caller: Infers, model: ModelParameter = None) -> Response:  # noqa: ARG001  asks for the scope
     """Labels, thresholds, and what the thresholds were fitted on."""
-    engine = runtime_of(request).engine_for(model)
+    runtime = runtime_of(request)
+    engine = await runtime.engine_for(model, deadline_of(request, runtime.settings))
     info = engine.manifest.keywords
     entries = []
     for keyword in info.labels:

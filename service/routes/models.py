@@ -1,17 +1,21 @@
-"""What the store holds and what is loaded."""
+"""What the store holds, what is loaded, and which version an alias means."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+from typing import Annotated
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Path, Request, Response
 
 from model_store import BundleError, StoreError
-from service.errors import NotFoundError
-from service.routes.common import Infers, answer, model_info, problems, runtime_of
+from model_store.reference import ALIAS_PATTERN
+from service.errors import ModelUnusableError, NotFoundError
+from service.routes.common import Administers, Infers, answer, model_info, problems, runtime_of
 from service.runtime import Runtime
-from service.schemas import ModelAnswer, ModelsAnswer, ModelVersion
+from service.schemas import AliasAnswer, AliasMove, ModelAnswer, ModelsAnswer, ModelVersion
 
+log = logging.getLogger(__name__)
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
 MODEL_EXAMPLE = {
@@ -69,6 +73,41 @@ async def show_model(request: Request, caller: Infers, name: str) -> Response:  
     return answer(await asyncio.to_thread(_describe, runtime, name))
 
 
+@router.post(
+    "/{name}/aliases/{alias}",
+    summary="Point an alias at a version",
+    response_model=AliasAnswer,
+    responses={
+        200: {
+            "content": {
+                "application/json": {
+                    "example": {
+                        "name": "sotto-edge",
+                        "alias": "production",
+                        "version": 4,
+                        "default": {"name": "sotto-edge", "version": 4},
+                    }
+                }
+            }
+        },
+        **problems(NotFoundError, ModelUnusableError),
+    },
+)
+async def move_alias(
+    request: Request,
+    caller: Administers,
+    name: Annotated[str, Path(max_length=100)],
+    alias: Annotated[str, Path(pattern=ALIAS_PATTERN)],
+    move: AliasMove,
+) -> Response:
+    """The version is loaded and warmed beside what serves; then requests change over between two of them. A version
+    that does not load changes nothing."""
+    runtime = runtime_of(request)
+    await runtime.models.move_alias(name, alias, move.version)
+    log.info("%s moved %s@%s to version %d", caller.name, name, alias, move.version)
+    return answer(AliasAnswer(name=name, alias=alias, version=move.version, default=model_info(runtime.engine)))
+
+
 def _describe(runtime: Runtime, name: str) -> ModelAnswer:
     versions = []
     for version in runtime.store.versions(name):
@@ -82,7 +121,7 @@ def _describe(runtime: Runtime, name: str) -> ModelAnswer:
             ModelVersion(
                 version=version,
                 digest=bundle.digest,
-                loaded=bundle.digest == runtime.engine.bundle.digest,
+                loaded=runtime.models.is_loaded(bundle.digest),
                 created_at=manifest.created_at,
                 licence=manifest.licence,
                 parameters=manifest.graph.parameters,

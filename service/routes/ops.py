@@ -19,11 +19,15 @@ READY_EXAMPLE = {"ready": True, "checks": {"accepting": True, "inference": True,
     "/healthz",
     summary="Is the process up?",
     response_model=HealthAnswer,
-    responses={200: {"content": {"application/json": {"example": {"status": "ok"}}}}},
+    responses={
+        200: {"content": {"application/json": {"example": {"status": "ok"}}}},
+        503: {"model": HealthAnswer, "description": "Threads are stuck in calls that never end: restart the process."},
+    },
 )
-async def health() -> Response:
+async def health(request: Request) -> Response:
     """Answers as long as the event loop turns."""
-    return answer(HealthAnswer(status="ok"))
+    stuck = runtime_of(request).batcher.beyond_repair
+    return answer(HealthAnswer(status="stuck" if stuck else "ok"), status=503 if stuck else 200)
 
 
 @router.get(

@@ -91,9 +91,9 @@ async def enrol(request: Request, caller: Enrols, speaker_id: SpeakerId, model: 
     """Creates the profile when new. Each clip is judged by itself; a refused one leaves no trace."""
     runtime, clock = runtime_of(request), clock_of(request)
     deadline = deadline_of(request, runtime.settings)
-    engine = runtime.engine_for(model)
+    engine = await runtime.engine_for(model, deadline)
     clips = await receive_clips(request, runtime.settings, clock, deadline, at_most=runtime.settings.clips_per_request)
-    candidates = await asyncio.gather(*(_candidate(runtime, clip, clock, deadline) for clip in clips))
+    candidates = await asyncio.gather(*(_candidate(runtime, engine, clip, clock, deadline) for clip in clips))
 
     def join() -> tuple[list[EnrolmentClip], Profile | None]:
         profile = runtime.profiles.get(caller.tenant, speaker_id)
@@ -150,10 +150,10 @@ async def verify(request: Request, caller: Infers, speaker_id: SpeakerId, model:
     """`score` is a log-likelihood ratio: 0 means as likely the same voice as not, at even priors."""
     runtime, clock = runtime_of(request), clock_of(request)
     deadline = deadline_of(request, runtime.settings)
-    engine = runtime.engine_for(model)
+    engine = await runtime.engine_for(model, deadline)
     profile = await ready_profile(runtime, engine, caller.tenant, speaker_id, deadline)
     (clip,) = await receive_clips(request, runtime.settings, clock, deadline, at_most=1)
-    outputs, quality = await voice_of(runtime, clip, clock, deadline)
+    outputs, quality = await voice_of(runtime, engine, clip, clock, deadline)
     with clock.stage("postprocess"):
         claim = decide(runtime, engine, profile, outputs)
     return answer(
@@ -298,19 +298,21 @@ def _same_model(profile: Profile, engine: Engine) -> tuple[Enrolment, ...]:
     return profile.enrolments
 
 
-async def voice_of(runtime: Runtime, clip: Clip, clock: StageClock, deadline: float) -> tuple[Outputs, SpeechQuality]:
+async def voice_of(
+    runtime: Runtime, engine: Engine, clip: Clip, clock: StageClock, deadline: float
+) -> tuple[Outputs, SpeechQuality]:
     """Raises NoSpeechError where the clip holds none."""
-    waveform = await runtime.decode(clip, clock, deadline)
+    waveform = await runtime.decode(engine, clip, clock, deadline)
     quality = measure(waveform)
     if quality.speech_s == 0:
         raise NoSpeechError("the clip holds silence or steady noise only")
-    return await runtime.infer(waveform, clock, deadline), quality
+    return await runtime.infer(engine, waveform, clock, deadline, "speaker"), quality
 
 
-async def _candidate(runtime: Runtime, clip: Clip, clock: StageClock, deadline: float) -> Candidate:
-    waveform = await runtime.decode(clip, clock, deadline)
+async def _candidate(runtime: Runtime, engine: Engine, clip: Clip, clock: StageClock, deadline: float) -> Candidate:
+    waveform = await runtime.decode(engine, clip, clock, deadline)
     quality = measure(waveform)
-    outputs = await runtime.infer(waveform, clock, deadline)
+    outputs = await runtime.infer(engine, waveform, clock, deadline, "speaker")
     return Candidate(quality, outputs.speaker_embedding)
 
 

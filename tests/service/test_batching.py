@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
 
 from service.batching import (
+    MOST_STUCK,
     Batcher,
     CallFailedError,
     ClosedError,
     ExpiredError,
     Limits,
+    Priority,
     QueueFullError,
 )
 
@@ -28,7 +30,7 @@ class Observer:
         self.failures: list[str] = []
         self.depth = 0
 
-    def batch_run(self, items: int, duration_s: float) -> None:  # noqa: ARG002  the protocol has it
+    def batch_run(self, items: int, size: float, area: float, duration_s: float) -> None:  # noqa: ARG002  likewise
         self.batches.append(items)
 
     def queue_changed(self, items: int, size: float) -> None:  # noqa: ARG002  likewise
@@ -61,10 +63,16 @@ def batcher(
     max_batch: int = 4,
     max_area: float = 100.0,
     max_waiting: float = 1000.0,
+    hang_s: float = 600.0,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[tuple[Batcher[float, float], Observer]]:
     observer = Observer()
     made: Batcher[float, float] = Batcher(
-        call, workers=workers, limits=Limits(max_batch, max_area, max_waiting), observer=observer
+        call,
+        workers=workers,
+        limits=Limits(max_batch, max_area, max_waiting, hang_s),
+        observer=observer,
+        clock=clock,
     )
     try:
         yield made, observer
@@ -83,9 +91,16 @@ async def queued(observer: Observer, count: int) -> None:
         await asyncio.sleep(0)
 
 
-def submit(made: Batcher[float, float], item: float, deadline: float = FAR) -> asyncio.Task[float]:
+def submit(
+    made: Batcher[float, float],
+    item: float,
+    deadline: float = FAR,
+    *,
+    group: Hashable = None,
+    priority: Priority = Priority.CLIP,
+) -> asyncio.Task[float]:
     async def one() -> float:
-        return (await made.submit(item, size=item, deadline=deadline)).value
+        return (await made.submit(item, size=item, deadline=deadline, group=group, priority=priority)).value
 
     return asyncio.ensure_future(one())
 
@@ -287,9 +302,94 @@ def test_close_answers_what_a_stuck_worker_keeps_waiting() -> None:
         waiting = submit(made, 1.0)
         await asyncio.sleep(0)
         await asyncio.to_thread(made.close, 0.1)
-        with pytest.raises(ClosedError):
-            await waiting
+        for task in (waiting, stuck):
+            with pytest.raises(ClosedError):
+                await task
         gate.open.set()
-        await stuck
 
     asyncio.run(main())
+
+
+def test_groups_do_not_share_a_call() -> None:
+    async def main() -> list[list[float]]:
+        gate = Gate()
+        with batcher(gate) as (made, observer):
+            tasks = [submit(made, 1.0)]
+            await entered(gate)
+            tasks += [submit(made, 1.0 + index / 100, group=index % 2) for index in range(4)]
+            await queued(observer, 4)
+            gate.open.set()
+            await asyncio.gather(*tasks)
+        return gate.calls
+
+    assert asyncio.run(main()) == [[1.0], [1.0, 1.02], [1.01, 1.03]]
+
+
+def test_an_urgent_item_goes_before_one_that_came_a_little_earlier_and_not_before_one_that_waited() -> None:
+    now = [0.0]
+
+    async def main() -> list[list[float]]:
+        gate = Gate()
+        with batcher(gate, max_batch=1, clock=lambda: now[0]) as (made, observer):
+            tasks = [submit(made, 1.0)]
+            await entered(gate)
+            for at, item, priority in (
+                (0.0, 2.0, Priority.BULK),
+                (0.5, 3.0, Priority.CLIP),
+                (0.55, 4.0, Priority.STREAM),
+            ):
+                now[0] = at
+                tasks.append(submit(made, item, priority=priority))
+                await queued(observer, len(tasks) - 1)
+            now[0] = Priority.BULK.value
+            tasks.append(submit(made, 5.0, priority=Priority.STREAM))
+            await queued(observer, 4)
+            gate.open.set()
+            await asyncio.gather(*tasks)
+        return gate.calls
+
+    assert asyncio.run(main()) == [[1.0], [4.0], [3.0], [2.0], [5.0]]
+
+
+def test_a_call_that_hangs_fails_what_it_took_and_others_are_served() -> None:
+    now = [0.0]
+
+    async def main() -> tuple[list[str], bool, bool]:
+        gate = Gate()
+        with batcher(gate, clock=lambda: now[0], hang_s=30.0) as (made, observer):
+            hanging = submit(made, 1.0)
+            await entered(gate)
+            now[0] = 31.0
+            unready = not made.alive
+            with pytest.raises(CallFailedError, match="hung"):
+                await hanging
+            after = submit(made, 2.0)
+            # By another thread: the first is still in its call.
+            await entered(gate)
+            alive = made.alive
+            gate.open.set()
+            assert await after == 20.0
+            return observer.failures, unready, alive
+
+    assert asyncio.run(main()) == (["hang"], True, True)
+
+
+def test_too_many_hanging_threads_are_beyond_repair() -> None:
+    now = [0.0]
+
+    async def main() -> tuple[list[bool], list[str]]:
+        gate = Gate()
+        seen = []
+        with batcher(gate, clock=lambda: now[0], hang_s=30.0) as (made, observer):
+            for _ in range(MOST_STUCK):
+                seen.append(made.beyond_repair)
+                hanging = submit(made, 1.0)
+                await entered(gate)
+                now[0] += 31.0
+                with pytest.raises(CallFailedError):
+                    await hanging
+            seen.append(made.beyond_repair)
+            gate.open.set()
+        return seen, observer.failures
+
+    assert asyncio.run(main()) == ([False] * MOST_STUCK + [True], ["hang"] * MOST_STUCK)

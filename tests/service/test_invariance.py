@@ -7,7 +7,7 @@ import pytest
 
 from model_store import LocalStore, builtin_store_path
 from service.audio import Waveform
-from service.engine import Engine, Outputs
+from service.engine import PARTS, Engine, Outputs, Part
 from tests.conftest import voice
 
 STORE = LocalStore(builtin_store_path())
@@ -52,6 +52,16 @@ def test_any_length_gives_the_same_alone_and_padded(engine: Engine, samples: int
     (alone,) = engine.run([clip])
     padded = engine.run([Waveform(voice(4.0, seed=9)), clip])[1]
     assert worst_difference(alone, padded) < TOLERANCE
+
+
+@pytest.mark.parametrize("part", ["keywords", "speaker"])
+def test_a_part_of_the_graph_gives_what_all_of_it_does(engine: Engine, part: Part) -> None:
+    clips = [Waveform(voice(1.3)), Waveform(voice(2.0, seed=5))]
+    for whole, own in zip(engine.run(clips), engine.run(clips, part), strict=True):
+        for name in PARTS[part]:
+            assert float(np.abs(whole.arrays[name] - own.arrays[name]).max()) < TOLERANCE
+        with pytest.raises(KeyError):
+            _ = own.frames
 
 
 def test_embeddings_have_unit_length(engine: Engine) -> None:

@@ -6,12 +6,19 @@ word was said; a clip's score is `event_log_odds`. Speakers are told by one of `
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor, nn
 
+from training.audio_cache import SAMPLE_RATE_HZ
 from training.students.adapters import AdapterRecipe, Adapters
 from training.students.back_ends import BackEnd, back_end, statistics
 from training.students.edge import EdgeOutputs, unit
 from training.teachers import SelfSupervised
+
+# Of the keyword head's first weights.
+HEAD_SPREAD = 1e-3
 
 
 class JointModel(nn.Module):
@@ -32,6 +39,12 @@ class JointModel(nn.Module):
         self.speaker_dim = speaker_dim
         self.dropout = nn.Dropout(dropout)
         self.keyword_head = nn.Linear(trunk.width, labels)
+        # A word anywhere in a second is at first as likely as none. With torch's own weights the loss begins at 25
+        # here, and gradients of that size undo what the trunk has learnt.
+        nn.init.normal_(self.keyword_head.weight, std=HEAD_SPREAD)
+        nn.init.zeros_(self.keyword_head.bias)
+        with torch.no_grad():
+            self.keyword_head.bias[0] = math.log(max(1, labels - 1) * SAMPLE_RATE_HZ / trunk.hop)
         self.speaker_head = back_end(speakers_by, trunk.width, trunk.layers, speaker_dim, dropout)
         self.adapters = None if adapters is None else Adapters(trunk, adapters)
 
