@@ -9,10 +9,11 @@ from http import HTTPStatus
 from importlib.metadata import version
 from typing import Any
 
-from fastapi import Depends, FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
+from fastapi import Depends, FastAPI, Request, Response, WebSocket
+from fastapi.exceptions import RequestValidationError, WebSocketRequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import HTTPConnection
 
 from service.errors import (
     PROBLEM_JSON,
@@ -23,7 +24,7 @@ from service.errors import (
     ServiceError,
 )
 from service.middleware import RequestFrame
-from service.routes import analyze, embeddings, identify, keywords, models, ops, speakers
+from service.routes import analyze, embeddings, identify, keywords, models, ops, speakers, stream
 from service.routes.common import refuse_unknown_query, runtime_of
 from service.runtime import Runtime
 from service.settings import Settings
@@ -73,23 +74,30 @@ def create_app(settings: Settings) -> FastAPI:
         dependencies=[Depends(refuse_unknown_query)],
     )
     app.state.runtime = runtime
-    for module in (keywords, identify, speakers, embeddings, analyze, models, ops):
+    for module in (keywords, stream, identify, speakers, embeddings, analyze, models, ops):
         app.include_router(module.router)
     app.add_middleware(RequestFrame, metrics=runtime.metrics)
     app.add_exception_handler(ServiceError, _on_service_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(WebSocketRequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     return app
 
 
-async def _on_service_error(request: Request, error: Exception) -> Response:
+async def _on_service_error(request: HTTPConnection, error: Exception) -> Response:
+    """Also the answer to a WebSocket that was not accepted yet: then it is a plain HTTP response."""
     assert isinstance(error, ServiceError)
     runtime_of(request).metrics.rejects.labels(error.code).inc()
-    return JSONResponse(error.problem(request.url.path), error.status, headers=error.headers(), media_type=PROBLEM_JSON)
+    response = JSONResponse(
+        error.problem(request.url.path), error.status, headers=error.headers(), media_type=PROBLEM_JSON
+    )
+    if isinstance(request, WebSocket):
+        await request.send_denial_response(response)
+    return response
 
 
-async def _on_validation_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
+async def _on_validation_error(request: HTTPConnection, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError | WebSocketRequestValidationError)
     faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()[:5])
     return await _on_service_error(request, InvalidRequestError(faults))
 

@@ -8,13 +8,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from starlette.requests import Request
+from starlette.requests import HTTPConnection
 
 from service.errors import ForbiddenError, RateLimitedError, UnauthenticatedError
 from service.settings import ApiKey, Scope, Settings
 
 KEY_BYTES = 32
 DEFAULT_TENANT = "default"
+# A browser cannot set headers on a WebSocket: it offers the subprotocols `bearer` and the key. Not the query, which
+# proxies write into their logs.
+BEARER_PROTOCOL = "bearer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,7 @@ class Authenticator:
         self._clock = clock
         self._buckets: dict[str, tuple[float, float]] = {}
 
-    def caller(self, request: Request, scope: Scope) -> Caller:
+    def caller(self, request: HTTPConnection, scope: Scope) -> Caller:
         """Raises UnauthenticatedError, ForbiddenError, RateLimitedError."""
         caller = self._identify(request) if self._keys else ANONYMOUS
         if scope not in caller.scopes:
@@ -48,9 +51,12 @@ class Authenticator:
             self._spend(caller.name)
         return caller
 
-    def _identify(self, request: Request) -> Caller:
+    def _identify(self, request: HTTPConnection) -> Caller:
         kind, _, token = request.headers.get("authorization", "").partition(" ")
         secret = token.strip() if kind.lower() == "bearer" else request.headers.get("x-api-key", "")
+        offered = request.scope.get("subprotocols", [])
+        if not secret and len(offered) == 2 and offered[0] == BEARER_PROTOCOL:
+            secret = offered[1]
         if not secret:
             raise UnauthenticatedError("send `Authorization: Bearer KEY` or `X-API-Key: KEY`")
         # The digest of an unguessable key may be looked up in a table: timing tells nothing of the key.

@@ -6,6 +6,7 @@ ServiceError
  ├─ 401 UnauthenticatedError      unauthenticated
  ├─ 403 ForbiddenError            forbidden
  ├─ 404 NotFoundError             not_found
+ ├─ 408 StreamIdleError           stream_idle
  ├─ 409 ProfileIncompleteError    profile_incomplete
  ├─ 409 ModelMismatchError        model_mismatch
  ├─ 409 ModelUnusableError        model_unusable
@@ -15,6 +16,7 @@ ServiceError
  ├─ 422 NoSpeechError             no_speech
  ├─ 422 InvalidSamplesError       invalid_samples
  ├─ 422 InvalidRequestError       invalid_request
+ ├─ 422 InvalidMessageError       invalid_message
  ├─ 429 RateLimitedError          rate_limited, with Retry-After
  ├─ 500 InferenceFailedError      inference_failed
  ├─ 503 OverloadedError           overloaded, with Retry-After
@@ -126,6 +128,18 @@ class NotFoundError(ServiceError):
     """Unknown speaker, model, keyword or route."""
 
     status, code, title = 404, "not_found", "Not found"
+
+
+class StreamIdleError(ServiceError):
+    """A stream on which nothing came for too long."""
+
+    status, code, title = 408, "stream_idle", "Stream is idle"
+
+
+class InvalidMessageError(ServiceError):
+    """A text message on a stream that means nothing."""
+
+    status, code, title = 422, "invalid_message", "Message is not valid"
 
 
 class ProfileIncompleteError(ServiceError):

@@ -91,13 +91,12 @@ def detect(
     if not candidates:
         return []
     odds = _odds(logits)
-    kept: list[tuple[int, Detection]] = []
+    kept: list[Detection] = []
     for frame, index in candidates:
         found = _event(odds[:, index], scores[frame, index], frame, index, info, duration_s)
-        centre_s = (found.start_s + found.end_s) / 2
-        if all(_compatible(found, centre_s, other, index == kind, info.refractory_s) for kind, other in kept):
-            kept.append((index, found))
-    return sorted((found for _, found in kept), key=lambda item: (item.start_s, item.end_s))
+        if all(compatible(found, other, info.refractory_s) for other in kept):
+            kept.append(found)
+    return sorted(kept, key=lambda item: (item.start_s, item.end_s))
 
 
 def allowed_labels(info: KeywordInfo, wanted: Sequence[str]) -> npt.NDArray[np.bool_]:
@@ -150,9 +149,9 @@ def _event(odds: Scores, score: np.float64, frame: int, index: int, info: Keywor
     return Detection(info.labels[index].label, float(score), start_s, max(start_s, end_s))
 
 
-def _compatible(found: Detection, centre_s: float, other: Detection, same: bool, refractory_s: float) -> bool:
-    """Whether `found` may stand beside the stronger `other`."""
-    other_centre_s = (other.start_s + other.end_s) / 2
+def compatible(found: Detection, other: Detection, refractory_s: float) -> bool:
+    """Whether `found` may stand beside `other`, which is stronger or was told before."""
+    centre_s, other_centre_s = (found.start_s + found.end_s) / 2, (other.start_s + other.end_s) / 2
     if other.start_s <= centre_s <= other.end_s or found.start_s <= other_centre_s <= found.end_s:
         return False
-    return not same or abs(centre_s - other_centre_s) >= refractory_s
+    return found.keyword != other.keyword or abs(centre_s - other_centre_s) >= refractory_s

@@ -77,4 +77,9 @@ class Metrics:
             "sotto_event_loop_lag_seconds", "How late the event loop wakes what sleeps.",
             buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5), registry=registry,
         )  # fmt: skip
+        self.streams = Gauge("sotto_streams", "WebSocket streams open.", registry=registry)
+        self.stream_delay = Histogram(
+            "sotto_stream_delay_seconds", "From a message that completes a window to its detections.",
+            buckets=STAGE_BUCKETS_S, registry=registry,
+        )  # fmt: skip
         self.model = Info("sotto_model", "The default model.", registry=registry)

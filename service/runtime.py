@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -92,6 +93,7 @@ class Runtime:
             unloaded=self._unloaded,
         )
         self.intra_op_threads = 1
+        self.streams = 0
         self.started = False
         self.draining = False
 
@@ -216,6 +218,17 @@ class Runtime:
         clock.record("queue", timed.queue_s)
         clock.record("inference", timed.call_s)
         return timed.value
+
+    @contextmanager
+    def counting_stream(self) -> Iterator[None]:
+        """Around a stream's life."""
+        self.streams += 1
+        self.metrics.streams.set(self.streams)
+        try:
+            yield
+        finally:
+            self.streams -= 1
+            self.metrics.streams.set(self.streams)
 
     async def with_profiles(self, work: Callable[[], T], deadline: float) -> T:
         """Run a database call in its own threads. Raises ServiceError."""

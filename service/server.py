@@ -95,7 +95,10 @@ def run(settings: Settings) -> int:
         port=settings.port,
         http="httptools",
         loop="uvloop",
-        ws="none",
+        ws="websockets-sansio",
+        ws_max_size=settings.stream_message_bytes,
+        # Samples hardly compress, and what unpacks can be a bomb.
+        ws_per_message_deflate=False,
         access_log=False,
         log_config=None,
         log_level=settings.log_level,

@@ -63,6 +63,11 @@ class Settings(BaseSettings):
     call_timeout_s: float = Field(default=30.0, gt=0, description="A graph call that takes longer is given up.")
     max_queued_audio_s: float = Field(default=1200.0, gt=0, description="Beyond this much waiting audio: 503.")
 
+    max_streams: int = Field(default=200, ge=0, description="WebSocket streams open at once.")
+    stream_message_bytes: int = Field(default=2**18, ge=1024, description="Largest message on a stream.")
+    stream_idle_s: float = Field(default=60.0, gt=0, description="A stream without a message for this long is closed.")
+    stream_send_timeout_s: float = Field(default=10.0, gt=0, description="As is one that does not read for this long.")
+
     enroll_required_speech_s: float = Field(default=2.0, gt=0)
     prior: float = Field(default=0.5, gt=0, lt=1, description="Prior of the claimed identity, for `probability`.")
 

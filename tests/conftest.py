@@ -127,3 +127,13 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService
     running = start_service(tmp_path_factory.mktemp("service"))
     yield running
     stop_service(running)
+
+
+@pytest.fixture
+def started() -> Iterator[list[RunningService]]:
+    """Services put here are killed at the end if they still run."""
+    running: list[RunningService] = []
+    yield running
+    for one in running:
+        one.process.kill()
+        one.process.wait(60)

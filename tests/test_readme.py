@@ -72,6 +72,21 @@ def test_embed_analyze_and_delete(fresh: RunningService, shared_data: Path) -> N
     assert fresh.get("/v1/speakers").json()["speakers"] == []
 
 
+def test_the_stream_tells_the_words_in_order(fresh: RunningService) -> None:
+    line = BLOCKS[3].strip().replace("ws://127.0.0.1:8000", fresh.url.replace("http", "ws"))
+    python = REPOSITORY / ".venv" / "bin" / "python"
+    if not python.exists():
+        pytest.skip("needs the serving environment that `make serve` and `make test` set up")
+    done = subprocess.run(
+        ["bash", "-ec", line], cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    said = [json.loads(message) for message in done.stdout.splitlines()]
+    words = [message["keyword"] for message in said if message["type"] == "detection"]
+    assert words == ["en:computer", "en:alexa", "en:wildfire", "en:jarvis", "en:snowboy"]
+    assert [said[0]["type"], said[-1]["type"]] == ["ready", "end"]
+
+
 def test_every_make_target_that_readme_names_exists() -> None:
     makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
     named = set(re.findall(r"make ([a-z]+)", README))

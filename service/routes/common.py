@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Path, Query, Request, Response
 from pydantic import BaseModel
+from starlette.requests import HTTPConnection
 
 from service.auth import Caller
 from service.engine import Engine
@@ -90,7 +91,7 @@ def audio_body(*, several: bool) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {**content, "multipart/form-data": form}}}
 
 
-def runtime_of(request: Request) -> Runtime:
+def runtime_of(request: HTTPConnection) -> Runtime:
     runtime: Runtime = request.app.state.runtime
     return runtime
 
@@ -104,7 +105,7 @@ def clock_of(request: Request) -> StageClock:
 # millisecond each.
 
 
-async def refuse_unknown_query(request: Request) -> None:
+async def refuse_unknown_query(request: HTTPConnection) -> None:
     """A misspelt parameter must not be silently ignored. Raises InvalidRequestError."""
     if not request.query_params:
         return
@@ -117,7 +118,7 @@ async def refuse_unknown_query(request: Request) -> None:
         )
 
 
-async def may_infer(request: Request) -> Caller:
+async def may_infer(request: HTTPConnection) -> Caller:
     return runtime_of(request).authenticator.caller(request, "infer")
 
 

@@ -131,14 +131,17 @@ def spot(
     info = engine.manifest.keywords
     scores = spotting.window_scores(outputs.keyword_logits, info)
     found = spotting.detect(outputs.keyword_logits, scores, info, duration_s, allowed, threshold)
-    detections = [
-        DetectionInfo(
-            keyword=event.keyword,
-            score=round(event.score, 4),
-            start_s=round(event.start_s, 3),
-            end_s=round(event.end_s, 3),
-        )
-        for event in found
-    ]
     ranked = spotting.rank(scores, info, top_k, allowed)
-    return detections, [RankedKeyword(keyword=item.keyword, score=round(item.score, 4)) for item in ranked]
+    return [rounded(event) for event in found], [
+        RankedKeyword(keyword=item.keyword, score=round(item.score, 4)) for item in ranked
+    ]
+
+
+def rounded(event: spotting.Detection) -> DetectionInfo:
+    """As a response shows it: scores to four places, times to a millisecond."""
+    return DetectionInfo(
+        keyword=event.keyword,
+        score=round(event.score, 4),
+        start_s=round(event.start_s, 3),
+        end_s=round(event.end_s, 3),
+    )

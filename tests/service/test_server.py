@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,16 +25,6 @@ SOTTO = str(Path(sys.executable).with_name("sotto"))
 DEADLINE_S = 120.0
 # A request whose body never comes.
 UNFINISHED = b"POST /v1/keywords/detect HTTP/1.1\r\nHost: x\r\nContent-Type: audio/wav\r\nContent-Length: 9\r\n\r\n"
-
-
-@pytest.fixture
-def started() -> Iterator[list[RunningService]]:
-    """Services put here are killed at the end if they still run."""
-    running: list[RunningService] = []
-    yield running
-    for one in running:
-        one.process.kill()
-        one.process.wait(DEADLINE_S)
 
 
 def until(condition: Callable[[], bool]) -> bool:

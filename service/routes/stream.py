@@ -1,0 +1,207 @@
+"""`WS /v1/keywords/stream`: a microphone in, keywords out as they are said.
+
+One coroutine a stream: it receives, computes and sends in turn, so a reader or a sender that does not keep up is held
+back by TCP and costs one message of memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Sequence
+from typing import Annotated
+
+import numpy as np
+import numpy.typing as npt
+import soxr
+from fastapi import APIRouter, Depends, Query, WebSocket, WebSocketDisconnect
+
+from service.audio import (
+    HIGHEST_PCM_RATE_HZ,
+    LOWEST_PCM_RATE_HZ,
+    SAMPLE_RATE_HZ,
+    Samples,
+    Waveform,
+)
+from service.auth import BEARER_PROTOCOL
+from service.batching import Priority
+from service.engine import Engine
+from service.errors import (
+    DeadlineExceededError,
+    InvalidMessageError,
+    OverloadedError,
+    ServiceError,
+    StreamIdleError,
+)
+from service.keywords import Detection
+from service.routes.common import ModelParameter, may_infer, model_info, runtime_of
+from service.routes.keywords import KeywordsParameter, ThresholdParameter, allowed_labels, rounded
+from service.runtime import Runtime
+from service.streaming import KeywordStream, Pace, Window
+from service.timing import StageClock
+
+router = APIRouter(prefix="/v1/keywords", tags=["keywords"])
+
+# A stream further ahead of the clock than this is a file, not a microphone, and takes its turn among clips.
+AHEAD_S = 2.0
+NORMAL, UNSUPPORTED, POLICY, INTERNAL, TRY_LATER = 1000, 1003, 1008, 1011, 1013
+RETRY_AFTER_S = 5.0
+
+
+@router.websocket("/stream", dependencies=[Depends(may_infer)])
+async def stream(
+    websocket: WebSocket,
+    rate: Annotated[int, Query(ge=LOWEST_PCM_RATE_HZ, le=HIGHEST_PCM_RATE_HZ)] = SAMPLE_RATE_HZ,
+    keywords: KeywordsParameter = [],  # noqa: B006  FastAPI copies it
+    threshold: ThresholdParameter = None,
+    model: ModelParameter = None,
+) -> None:
+    """Binary messages of signed 16-bit little-endian mono PCM, of any size; detections as JSON."""
+    runtime = runtime_of(websocket)
+    if runtime.streams >= runtime.settings.max_streams or runtime.draining:
+        raise OverloadedError(f"{runtime.streams} streams are open", retry_after_s=RETRY_AFTER_S)
+    engine = await runtime.engine_for(model, time.monotonic() + runtime.settings.request_timeout_s)
+    one = _Stream(websocket, runtime, engine, rate, allowed_labels(engine, keywords), threshold)
+    with runtime.counting_stream():
+        offered = websocket.scope.get("subprotocols", [])
+        await websocket.accept(BEARER_PROTOCOL if BEARER_PROTOCOL in offered else None)
+        try:
+            await one.run()
+        except WebSocketDisconnect:
+            pass
+        except ServiceError as error:
+            await _end_with(websocket, runtime, error)
+
+
+class _Stream:
+    """One connection: its audio as it comes, and the state of its keywords."""
+
+    def __init__(
+        self,
+        websocket: WebSocket,
+        runtime: Runtime,
+        engine: Engine,
+        rate_hz: int,
+        allowed: npt.NDArray[np.bool_],
+        threshold: float | None,
+    ) -> None:
+        self._websocket, self._runtime, self._engine = websocket, runtime, engine
+        self._rate_hz = rate_hz
+        self._resampler = None
+        if rate_hz != SAMPLE_RATE_HZ:
+            self._resampler = soxr.ResampleStream(rate_hz, SAMPLE_RATE_HZ, 1, dtype="float32", quality="HQ")
+        self._keywords = KeywordStream(
+            engine.manifest.keywords,
+            Pace(),
+            shortest_s=engine.manifest.audio.shortest_s,
+            allowed=allowed,
+            threshold=threshold,
+        )
+        self._half_sample = b""
+        self._samples = 0
+        self._began = time.monotonic()
+
+    async def run(self) -> None:
+        """Until the client ends it. Raises WebSocketDisconnect, ServiceError."""
+        await self._send({"type": "ready", "model": model_info(self._engine).model_dump(), "rate": self._rate_hz})
+        while True:
+            message = await self._receive()
+            if isinstance(message, bytes):
+                await self._spot(list(self._keywords.push(self._heard(message))))
+            elif message == "ping":
+                await self._send({"type": "pong"})
+            else:
+                break
+        rest = self._resample(np.zeros(0, dtype=np.float32), last=True)
+        await self._spot([*self._keywords.push(rest), *self._keywords.flush()])
+        await self._send({"type": "end", "duration_s": round(self._samples / self._rate_hz, 3)})
+        await self._websocket.close(NORMAL)
+
+    async def _receive(self) -> bytes | str:
+        """Audio, "ping" or "end"."""
+        idle_s = self._runtime.settings.stream_idle_s
+        try:
+            async with asyncio.timeout(idle_s):
+                message = await self._websocket.receive()
+        except TimeoutError as error:
+            raise StreamIdleError(f"nothing came for {idle_s:g} s") from error
+        if message["type"] == "websocket.disconnect":
+            raise WebSocketDisconnect(message.get("code", NORMAL))
+        if message.get("bytes") is not None:
+            return bytes(message["bytes"])
+        try:
+            said = json.loads(message.get("text") or "")
+        except (ValueError, RecursionError):
+            said = None
+        if not isinstance(said, dict) or said.get("type") not in ("ping", "end"):
+            raise InvalidMessageError('text messages are {"type": "end"} or {"type": "ping"}; audio is binary')
+        return str(said["type"])
+
+    def _heard(self, message: bytes) -> Samples:
+        data = self._half_sample + message
+        whole = len(data) - len(data) % 2
+        self._half_sample = data[whole:]
+        samples = np.frombuffer(data, dtype="<i2", count=whole // 2).astype(np.float32) / np.float32(32768)
+        self._samples += len(samples)
+        self._runtime.metrics.audio_seconds.inc(len(samples) / self._rate_hz)
+        return self._resample(samples)
+
+    def _resample(self, samples: Samples, *, last: bool = False) -> Samples:
+        if self._resampler is None:
+            return samples
+        found: Samples = np.clip(self._resampler.resample_chunk(samples, last=last), -1.0, 1.0)
+        return found
+
+    async def _spot(self, windows: Sequence[Window]) -> None:
+        """A message's windows, computed together; the detections in their order."""
+        if not windows:
+            return
+        came = time.monotonic()
+        ahead_s = self._samples / self._rate_hz - (came - self._began)
+        priority = Priority.STREAM if ahead_s < AHEAD_S else Priority.CLIP
+        deadline = came + self._runtime.settings.request_timeout_s
+        clock = StageClock(self._runtime.metrics)
+        outputs = await asyncio.gather(
+            *(
+                self._runtime.infer(
+                    self._engine, Waveform(window.samples), clock, deadline, "keywords", priority=priority
+                )
+                for window in windows
+            )
+        )
+        for window, output in zip(windows, outputs, strict=True):
+            for event in self._keywords.settle(window, output.keyword_logits):
+                await self._tell(event)
+        self._runtime.metrics.stream_delay.observe(time.monotonic() - came)
+
+    async def _tell(self, event: Detection) -> None:
+        self._runtime.metrics.detections.labels(event.keyword).inc()
+        await self._send({"type": "detection", **rounded(event).model_dump(exclude_none=True)})
+
+    async def _send(self, message: dict[str, object]) -> None:
+        await _send(self._websocket, self._runtime, message)
+
+
+async def _send(websocket: WebSocket, runtime: Runtime, message: dict[str, object]) -> None:
+    """Raises DeadlineExceededError where the client does not read."""
+    limit_s = runtime.settings.stream_send_timeout_s
+    try:
+        async with asyncio.timeout(limit_s):
+            await websocket.send_text(json.dumps(message, ensure_ascii=False))
+    except TimeoutError as error:
+        raise DeadlineExceededError(f"the client took no message for {limit_s:g} s") from error
+
+
+async def _end_with(websocket: WebSocket, runtime: Runtime, error: ServiceError) -> None:
+    """Say what went wrong, if the client listens, and close."""
+    runtime.metrics.rejects.labels(error.code).inc()
+    code = TRY_LATER if isinstance(error, OverloadedError) else INTERNAL if error.status >= 500 else POLICY
+    if isinstance(error, InvalidMessageError):
+        code = UNSUPPORTED
+    try:
+        await _send(websocket, runtime, {"type": "error", "code": error.code, "detail": error.detail})
+        await websocket.close(code)
+    except (ServiceError, WebSocketDisconnect, RuntimeError):
+        # It is gone, or does not read: leaving this coroutine drops the connection.
+        return
