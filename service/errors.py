@@ -6,6 +6,7 @@ ServiceError
  ├─ 401 UnauthenticatedError      unauthenticated
  ├─ 403 ForbiddenError            forbidden
  ├─ 404 NotFoundError             not_found
+ ├─ 408 RequestTooSlowError       request_too_slow
  ├─ 408 StreamIdleError           stream_idle
  ├─ 409 ProfileIncompleteError    profile_incomplete
  ├─ 409 ModelMismatchError        model_mismatch
@@ -18,6 +19,7 @@ ServiceError
  ├─ 422 InvalidRequestError       invalid_request
  ├─ 422 InvalidMessageError       invalid_message
  ├─ 429 RateLimitedError          rate_limited, with Retry-After
+ ├─ 431 HeadTooLargeError         head_too_large
  ├─ 500 InferenceFailedError      inference_failed
  ├─ 503 OverloadedError           overloaded, with Retry-After
  ├─ 503 StorageUnavailableError   storage_unavailable, with Retry-After
@@ -128,6 +130,18 @@ class NotFoundError(ServiceError):
     """Unknown speaker, model, keyword or route."""
 
     status, code, title = 404, "not_found", "Not found"
+
+
+class RequestTooSlowError(ServiceError):
+    """Head or body came in too slowly."""
+
+    status, code, title = 408, "request_too_slow", "Request too slow"
+
+
+class HeadTooLargeError(ServiceError):
+    """Request line and headers without end."""
+
+    status, code, title = 431, "head_too_large", "Request head too large"
 
 
 class StreamIdleError(ServiceError):

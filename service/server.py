@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import signal
 import socket
 from collections.abc import Iterator
@@ -12,8 +13,12 @@ from contextlib import contextmanager
 import uvicorn
 
 from service.app import create_app
+from service.protocol import NOT_ACCEPTED, protocol_for
 from service.runtime import Runtime
 from service.settings import Settings
+
+# Beside connections: the database, the model store, what libraries open.
+OTHER_FILES = 256
 
 KEY_HEADER = " -H 'Authorization: Bearer KEY'"
 
@@ -93,7 +98,7 @@ def run(settings: Settings) -> int:
         app,
         host=settings.host,
         port=settings.port,
-        http="httptools",
+        http=protocol_for(settings),
         loop="uvloop",
         ws="websockets-sansio",
         ws_max_size=settings.stream_message_bytes,
@@ -102,13 +107,21 @@ def run(settings: Settings) -> int:
         access_log=False,
         log_config=None,
         log_level=settings.log_level,
-        limit_concurrency=settings.limit_connections,
         timeout_graceful_shutdown=max(1, int(settings.shutdown_grace_s)),
         server_header=False,
     )
+    _allow_files(NOT_ACCEPTED * settings.limit_connections + OTHER_FILES)
     runtime: Runtime = app.state.runtime
     # In the lifespan a failure would be uvicorn's, told as a traceback.
     runtime.start()
     server = Server(config, settings, runtime)
     server.run()
     return 0 if server.started else 1
+
+
+def _allow_files(wanted: int) -> None:
+    """Raise this process's limit of open files as far as it may; many systems begin at 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

@@ -73,7 +73,12 @@ class Settings(BaseSettings):
 
     shutdown_grace_s: float = Field(default=20.0, gt=0, description="Longest drain after SIGTERM.")
     shutdown_delay_s: float = Field(default=0.0, ge=0, description="Serve on, not ready, this long after SIGTERM.")
-    limit_connections: int = Field(default=1000, ge=1)
+    limit_connections: int = Field(default=1000, ge=1, description="Past this many, only probes and metrics.")
+    head_timeout_s: float = Field(default=10.0, gt=0, description="Longest wait for a request's line and headers.")
+    least_body_rate: int = Field(default=1000, ge=0, description="Bytes a second, after five; slower bodies get 408.")
+    send_timeout_s: float = Field(
+        default=30.0, gt=0, description="A client that reads nothing for this long is cut off."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @model_validator(mode="before")

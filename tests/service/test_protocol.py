@@ -1,0 +1,137 @@
+"""Clients that are slow, greedy or many, against a service in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx
+import pytest
+
+from service.protocol import MOST_HEAD_BYTES
+from tests.conftest import RunningService, encoded, start_service, voice
+
+HEAD = b"POST /v1/keywords/detect HTTP/1.1\r\nHost: x\r\nContent-Type: audio/wav\r\nContent-Length: 100000\r\n\r\n"
+PATIENCE_S = 60.0
+
+
+def dial(service: RunningService) -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", int(service.url.rsplit(":", 1)[1])), timeout=PATIENCE_S)
+    connection.settimeout(PATIENCE_S)
+    return connection
+
+
+def trickle(connection: socket.socket, data: bytes, every_s: float) -> bytes:
+    """Send byte by byte until the other end answers; the answer, up to its end."""
+    connection.settimeout(every_s)
+    for byte in data:
+        try:
+            connection.sendall(bytes([byte]))
+            answer = connection.recv(65_536)
+        except TimeoutError:
+            continue
+        connection.settimeout(PATIENCE_S)
+        while part := connection.recv(65_536):
+            answer += part
+        return answer
+    raise AssertionError("everything was sent and nothing was answered")
+
+
+def problem(answer: bytes) -> tuple[int, str]:
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"application/problem+json" in head
+    return int(head.split()[1]), json.loads(body)["code"]
+
+
+def test_a_head_that_trickles_in_is_cut_off(tmp_path: Path, started: list[RunningService]) -> None:
+    service = start_service(tmp_path, head_timeout_s="0.5")
+    started.append(service)
+    with dial(service) as connection:
+        assert problem(trickle(connection, b"GET /healthz HTTP/1.1\r\nX-Long: " + b"a" * 600, 0.1)) == (
+            408,
+            "request_too_slow",
+        )
+    # Who says nothing at all is not waited for either.
+    with dial(service) as connection:
+        assert problem(connection.recv(65_536)) == (408, "request_too_slow")
+
+
+def test_the_second_request_of_a_connection_has_its_own_time(tmp_path: Path, started: list[RunningService]) -> None:
+    service = start_service(tmp_path, head_timeout_s="1.0")
+    started.append(service)
+    with httpx.Client() as client:
+        for pause_s in (0.0, 1.5, 1.5):
+            time.sleep(pause_s)
+            assert client.get(service.url + "/healthz").status_code == 200
+
+
+def test_a_body_that_trickles_in_is_cut_off(tmp_path: Path, started: list[RunningService]) -> None:
+    service = start_service(tmp_path, request_timeout_s="60")
+    started.append(service)
+    with dial(service) as connection:
+        connection.sendall(HEAD)
+        assert problem(trickle(connection, bytes(600), 0.1)) == (408, "request_too_slow")
+
+
+def test_a_head_without_end_is_cut_off(service: RunningService) -> None:
+    with dial(service) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\n")
+        answer = b""
+        try:
+            for number in range(1 + MOST_HEAD_BYTES // 1000):
+                connection.sendall(b"X-%d: %s\r\n" % (number, b"a" * 1000))
+            answer = connection.recv(65_536)
+        except ConnectionError:
+            pytest.fail("cut off without a word")
+        assert problem(answer) == (431, "head_too_large")
+
+
+def test_in_a_crowd_only_probes_are_answered(tmp_path: Path, started: list[RunningService]) -> None:
+    service = start_service(tmp_path, limit_connections="4")
+    started.append(service)
+    clip = encoded(voice(1.0))
+    with ExitStack() as stack:
+        for _ in range(4):
+            stack.enter_context(dial(service))
+        refused = service.post("/v1/keywords/detect", clip)
+        assert (refused.status_code, refused.json()["code"]) == (503, "overloaded")
+        assert int(refused.headers["retry-after"]) >= 1
+        for path in ("/healthz", "/readyz", "/metrics"):
+            assert service.get(path).status_code == 200
+    until(lambda: service.post("/v1/keywords/detect", clip).status_code == 200)
+
+
+def test_whoever_does_not_read_is_cut_off(tmp_path: Path, started: list[RunningService]) -> None:
+    service = start_service(tmp_path, send_timeout_s="0.5")
+    started.append(service)
+    clip = encoded(voice(110.0))
+    head = (
+        "POST /v1/embeddings?type=frames HTTP/1.1\r\nHost: x\r\nContent-Type: audio/wav\r\n"
+        f"Content-Length: {len(clip)}\r\n\r\n"
+    )
+    with dial(service) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.sendall(head.encode() + clip)
+        start = connection.recv(4096)
+        # More than the kernel would take off the service's hands.
+        assert int(start.lower().split(b"content-length:")[1].split()[0]) > 2**23
+        until(lambda: connections(service) == 0)
+
+
+def connections(service: RunningService) -> int:
+    """To the service, from others than who asks here."""
+    port = int(service.url.rsplit(":", 1)[1])
+    lines = Path(f"/proc/{service.process.pid}/net/tcp").read_text().splitlines()[1:]
+    inodes = {line.split()[9] for line in lines if line.split()[1].endswith(f":{port:04X}") and line.split()[3] == "01"}
+    return len(inodes)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
