@@ -1,7 +1,7 @@
 # Thin: each line is a command that a person could type.
 PYTHON ?= python3
 
-.PHONY: serve test lint format train bench peers teachers examples clean
+.PHONY: serve test lint format train bench bench-peers peers teachers examples clean
 
 serve: .venv/installed
 	@exec .venv/bin/sotto serve
@@ -24,16 +24,19 @@ train: .venv-dev/installed
 	.venv-dev/bin/sotto train $(RECIPE)
 
 bench: .venv-dev/installed
-	.venv-dev/bin/python -m benchmarks.naive
+	.venv-dev/bin/python -m benchmarks
 
 # Systems that are measured beside ours; their dependencies are old, so they live by themselves.
 peers: .venv-peers/installed
+
+# Servers that are measured beside ours in `make bench`.
+bench-peers: .venv-bench/installed
 
 examples: .venv/installed
 	.venv/bin/python examples/make_examples.py
 
 clean:
-	rm -rf .venv .venv-dev .venv-peers .mypy_cache .ruff_cache .pytest_cache build *.egg-info
+	rm -rf .venv .venv-dev .venv-peers .venv-bench .mypy_cache .ruff_cache .pytest_cache build *.egg-info
 
 # The serving environment: no torch.
 .venv/installed: pyproject.toml
@@ -58,4 +61,9 @@ teachers: .teachers/installed
 .venv-peers/installed:
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 'setuptools<81' resemblyzer==0.1.4 soundfile
+	@touch $@
+
+.venv-bench/installed:
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/pip install --quiet --disable-pip-version-check litserve==0.2.19 bentoml==1.4.39 onnxruntime numpy soundfile
 	@touch $@

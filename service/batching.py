@@ -59,6 +59,10 @@ class ExpiredError(Exception):
     """The item's deadline passed while it waited."""
 
 
+class AbandonedError(Exception):
+    """Whoever wanted the item went away while it waited."""
+
+
 class ClosedError(Exception):
     """The batcher is shut down."""
 
@@ -75,6 +79,8 @@ class Observer(Protocol):
     def queue_changed(self, items: int, size: float) -> None: ...
 
     def worker_failed(self, kind: str) -> None: ...
+
+    def dropped(self, reason: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +112,7 @@ class _Entry(Generic[Item, Result]):
     turn: float  # least goes first
     deadline: float
     enqueued: float
+    abandoned: Callable[[], bool]
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[Timed[Result]]
     done: bool = field(default=False)
@@ -162,18 +169,20 @@ class Batcher(Generic[Item, Result]):
         deadline: float,
         group: Hashable = None,
         priority: Priority = Priority.CLIP,
+        abandoned: Callable[[], bool] = lambda: False,
     ) -> Timed[Result]:
         """Wait for the item's result. `size` is its cost, such as seconds of audio; `deadline` is on the
-        batcher's clock. Cancelling the task drops the item before its call.
+        batcher's clock. Cancelling the task drops the item before its call, as does `abandoned`, asked from
+        a worker's thread, when it says that nobody waits any more.
 
-        Raises QueueFullError, ExpiredError, CallFailedError, ClosedError.
+        Raises QueueFullError, ExpiredError, AbandonedError, CallFailedError, ClosedError.
         """
         loop = asyncio.get_running_loop()
         now = self._clock()
         with self._wake:
             cost_s = size * self._rate(group)
             entry = _Entry[Item, Result](
-                item, group, size, cost_s, now + priority.value, deadline, now, loop, loop.create_future()
+                item, group, size, cost_s, now + priority.value, deadline, now, abandoned, loop, loop.create_future()
             )
             self._admit(entry, now)
             bisect.insort(self._waiting, entry, key=lambda other: other.turn)
@@ -268,8 +277,12 @@ class Batcher(Generic[Item, Result]):
         now = self._clock()
         standing: list[_Entry[Item, Result]] = []
         for entry in self._waiting:
-            if entry.deadline <= now or entry.future.cancelled():
+            if entry.deadline <= now:
+                self._observer.dropped("expired")
                 self._finish(entry, ExpiredError("the deadline passed in the queue"))
+            elif entry.future.cancelled() or entry.abandoned():
+                self._observer.dropped("abandoned")
+                self._finish(entry, AbandonedError("nobody waits for it any more"))
             else:
                 standing.append(entry)
         batch: list[_Entry[Item, Result]] = []

@@ -20,6 +20,7 @@ ServiceError
  ├─ 422 InvalidMessageError       invalid_message
  ├─ 429 RateLimitedError          rate_limited, with Retry-After
  ├─ 431 HeadTooLargeError         head_too_large
+ ├─ 499 ClientGoneError           client_gone
  ├─ 500 InferenceFailedError      inference_failed
  ├─ 503 OverloadedError           overloaded, with Retry-After
  ├─ 503 StorageUnavailableError   storage_unavailable, with Retry-After
@@ -208,6 +209,12 @@ class RateLimitedError(ServiceError):
     """Over this key's rate."""
 
     status, code, title = 429, "rate_limited", "Too many requests"
+
+
+class ClientGoneError(ServiceError):
+    """The client closed the connection while its clip waited; nobody reads this, but metrics count it."""
+
+    status, code, title = 499, "client_gone", "Client went away"
 
 
 class InferenceFailedError(ServiceError):

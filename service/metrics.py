@@ -70,6 +70,11 @@ class Metrics:
         )  # fmt: skip
         for kind in ("call", "restart", "hang"):
             self.worker_failures.labels(kind)
+        self.dropped = Counter(
+            "sotto_dropped_total", "Clips taken from the queue without a graph call.", ("reason",), registry=registry
+        )
+        for reason in ("expired", "abandoned"):
+            self.dropped.labels(reason)
         self.ready = Gauge("sotto_ready", "1 while the service takes requests.", registry=registry)
         self.inference_threads = Gauge("sotto_inference_threads", "Concurrent graph calls in use.", registry=registry)
         self.intra_op_threads = Gauge("sotto_intra_op_threads", "Threads in one graph call.", registry=registry)

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import PROBLEM_JSON, ServiceError
 from service.metrics import Metrics
+from service.protocol import ABANDONED
 from service.timing import StageClock
 
 REQUEST_ID = "X-Request-ID"
@@ -33,8 +34,9 @@ class RequestFrame:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        clock = StageClock(self._metrics)
-        scope.setdefault("state", {})["clock"] = clock
+        state = scope.setdefault("state", {})
+        clock = StageClock(self._metrics, state.get(ABANDONED, lambda: False))
+        state["clock"] = clock
         offered = Headers(scope=scope).get(REQUEST_ID, "")
         request_id = offered if _PLAIN_ID.fullmatch(offered) else uuid.uuid4().hex
         status = 500

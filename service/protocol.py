@@ -27,6 +27,8 @@ MOST_HEAD_BYTES = 32 * 1024
 BODY_GRACE_S = 5.0
 BODY_LOOK_EVERY_S = 1.0
 RETRY_AFTER_S = 2.0
+# In a request's state: says whether its client has gone.
+ABANDONED = "abandoned"
 # Answered however many connections there are, or Kubernetes would restart a service for being popular.
 ALWAYS_ANSWERED = frozenset(("/healthz", "/readyz", "/metrics"))
 # Times `limit_connections`: here even an answer would cost too much.
@@ -87,6 +89,9 @@ class _BoundedProtocol(HttpToolsProtocol):
             super().on_headers_complete()
         finally:
             self.app = app
+        if self.cycle is not None and self.cycle.scope is self.scope:
+            cycle = self.cycle
+            self.scope["state"][ABANDONED] = lambda: cycle.disconnected
 
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)

@@ -17,6 +17,7 @@ from model_store.inference import is_available
 from service import audio
 from service.auth import Authenticator
 from service.batching import (
+    AbandonedError,
     Batcher,
     CallFailedError,
     ClosedError,
@@ -27,6 +28,7 @@ from service.batching import (
 )
 from service.engine import PARTS, Engine, Outputs, Part
 from service.errors import (
+    ClientGoneError,
     DeadlineExceededError,
     InferenceFailedError,
     OverloadedError,
@@ -74,6 +76,9 @@ class BatchObserver:
 
     def worker_failed(self, kind: str) -> None:
         self._metrics.worker_failures.labels(kind).inc()
+
+    def dropped(self, reason: str) -> None:
+        self._metrics.dropped.labels(reason).inc()
 
 
 class Runtime:
@@ -206,7 +211,10 @@ class Runtime:
                     deadline=deadline,
                     group=(engine.bundle.digest, part),
                     priority=priority,
+                    abandoned=clock.abandoned,
                 )
+        except AbandonedError as error:
+            raise ClientGoneError("the client went away") from error
         except QueueFullError as error:
             raise OverloadedError(str(error), retry_after_s=error.retry_after_s) from error
         except (ExpiredError, TimeoutError) as error:

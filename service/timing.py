@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from service.metrics import STAGES, Metrics
@@ -12,8 +12,10 @@ from service.metrics import STAGES, Metrics
 class StageClock:
     """One request's stage durations in seconds; a stage that runs twice adds up."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, abandoned: Callable[[], bool] = lambda: False) -> None:
+        """`abandoned` says whether whoever asked has gone away."""
         self._metrics = metrics
+        self.abandoned = abandoned
         self.durations_s: dict[str, float] = {}
 
     @contextmanager

@@ -12,6 +12,7 @@ import pytest
 
 from service.batching import (
     MOST_STUCK,
+    AbandonedError,
     Batcher,
     CallFailedError,
     ClosedError,
@@ -28,6 +29,7 @@ class Observer:
     def __init__(self) -> None:
         self.batches: list[int] = []
         self.failures: list[str] = []
+        self.drops: list[str] = []
         self.depth = 0
 
     def batch_run(self, items: int, size: float, area: float, duration_s: float) -> None:  # noqa: ARG002  likewise
@@ -38,6 +40,9 @@ class Observer:
 
     def worker_failed(self, kind: str) -> None:
         self.failures.append(kind)
+
+    def dropped(self, reason: str) -> None:
+        self.drops.append(reason)
 
 
 class Gate:
@@ -308,6 +313,25 @@ def test_close_answers_what_a_stuck_worker_keeps_waiting() -> None:
         gate.open.set()
 
     asyncio.run(main())
+
+
+def test_what_nobody_waits_for_is_not_computed() -> None:
+    async def main() -> tuple[list[list[float]], list[str]]:
+        gate, gone = Gate(), []
+        with batcher(gate) as (made, observer):
+            first = submit(made, 1.0)
+            await entered(gate)
+            left = asyncio.ensure_future(made.submit(2.0, size=2.0, deadline=FAR, abandoned=lambda: bool(gone)))
+            waits = submit(made, 3.0)
+            await queued(observer, 2)
+            gone.append(True)
+            gate.open.set()
+            with pytest.raises(AbandonedError):
+                await left
+            await asyncio.gather(first, waits)
+        return gate.calls, observer.drops
+
+    assert asyncio.run(main()) == ([[1.0], [3.0]], ["abandoned"])
 
 
 def test_groups_do_not_share_a_call() -> None:

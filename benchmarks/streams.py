@@ -1,0 +1,155 @@
+"""Many microphones at once: `python -m benchmarks.streams PORT FILE --streams N` prints delays as JSON.
+
+Raw WebSocket frames over asyncio's transports, so that hundreds of streams take little of the cores they share. Each
+stream sends 100 ms of audio every 100 ms and, now and then, a ping after it; the server handles a stream's messages in
+order, so the pong says that everything the audio completed has been told. The delay is from the audio to the pong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import time
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+
+RATE_HZ = 16_000
+PIECE_S = 0.1
+PIECES_A_PING = 3
+MASK = bytes(4)  # of zeros: the payload goes as it is
+KEY = "dGhlIHNhbXBsZSBub25jZQ=="
+
+
+def frame(opcode: int, payload: bytes) -> bytes:
+    """A whole client frame."""
+    head = bytes([0x80 | opcode])
+    if len(payload) < 126:
+        return head + bytes([0x80 | len(payload)]) + MASK + payload
+    return head + bytes([0x80 | 126]) + len(payload).to_bytes(2, "big") + MASK + payload
+
+
+PING = frame(1, b'{"type": "ping"}')
+
+
+class Microphone(asyncio.Protocol):
+    """One stream, looping over `audio` from a place of its own."""
+
+    def __init__(self, audio: bytes, offset: int, begin: float, end: float) -> None:
+        self._audio, self._place = audio, offset
+        self._begin, self._end = begin, end
+        self._sent: deque[float] = deque()
+        self._received = b""
+        self.opened = asyncio.get_running_loop().create_future()
+        self.delays_s: list[float] = []
+        self.detections = 0
+        self.lost = False
+        self._done = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport: asyncio.WriteTransport = transport  # type: ignore[assignment]
+        self._transport.write(
+            f"GET /v1/keywords/stream?rate={RATE_HZ} HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n"
+            f"Connection: Upgrade\r\nSec-WebSocket-Key: {KEY}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
+        )
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        if not self.opened.done():
+            head, found, rest = self._received.partition(b"\r\n\r\n")
+            if not found:
+                return
+            self._received = rest
+            self.opened.set_result(b" 101 " in head)
+        while len(self._received) >= 2:
+            length, start = self._received[1] & 0x7F, 2
+            if length == 126:
+                length, start = int.from_bytes(self._received[2:4], "big"), 4
+            if len(self._received) < start + length:
+                return
+            opcode, payload = self._received[0] & 0x0F, self._received[start : start + length]
+            self._received = self._received[start + length :]
+            if opcode == 9:
+                self._transport.write(frame(10, payload))
+            elif b'"pong"' in payload:
+                sent, now = self._sent.popleft(), time.perf_counter()
+                if self._begin <= sent and now <= self._end:
+                    self.delays_s.append(now - sent)
+            elif b'"detection"' in payload:
+                self.detections += 1
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  asyncio's
+        self.lost = not self._done
+        if not self.opened.done():
+            self.opened.set_result(False)
+
+    async def speak(self) -> None:
+        if not await self.opened:
+            self.lost = True
+            return
+        size = int(PIECE_S * RATE_HZ) * 2
+        due, number = time.perf_counter(), 0
+        while due < self._end and not self.lost:
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+            if self._place + size > len(self._audio):
+                self._place = 0
+            message = frame(2, self._audio[self._place : self._place + size])
+            self._place += size
+            if number % PIECES_A_PING == 0:
+                self._sent.append(time.perf_counter())
+                message += PING
+            self._transport.write(message)
+            number, due = number + 1, due + PIECE_S
+        self._done = not self.lost
+        self._transport.close()
+
+
+async def run(port: int, audio: bytes, streams: int, warm_up_s: float, measure_s: float) -> dict[str, float]:
+    """p50 and p99 of the delay in milliseconds, and what was lost."""
+    loop = asyncio.get_running_loop()
+    # They open spread over the warm-up's first half, as people do not speak in step.
+    begin = time.perf_counter() + warm_up_s
+    end = begin + measure_s
+    rng = np.random.default_rng(0)
+    microphones: list[Microphone] = []
+
+    async def one() -> None:
+        await asyncio.sleep(float(rng.uniform(0, warm_up_s / 2)))
+        offset = int(rng.integers(len(audio) // 2)) * 2
+        _, microphone = await loop.create_connection(lambda: Microphone(audio, offset, begin, end), "127.0.0.1", port)
+        microphones.append(microphone)
+        await microphone.speak()
+
+    await asyncio.gather(*(one() for _ in range(streams)))
+    delays_ms = np.array([delay for microphone in microphones for delay in microphone.delays_s]) * 1e3
+    p50, p99 = np.percentile(delays_ms, [50, 99]) if len(delays_ms) else (float("inf"), float("inf"))
+    return {
+        "streams": streams,
+        "p50_ms": float(p50),
+        "p99_ms": float(p99),
+        "measured": len(delays_ms),
+        "detections": sum(microphone.detections for microphone in microphones),
+        "lost": sum(microphone.lost for microphone in microphones),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("port", type=int)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--streams", type=int, default=100)
+    parser.add_argument("--warm-up-s", type=float, default=4.0)
+    parser.add_argument("--measure-s", type=float, default=10.0)
+    given = parser.parse_args()
+    samples, rate_hz = soundfile.read(given.file, dtype="float32")
+    audio = (soxr.resample(samples, rate_hz, RATE_HZ).clip(-1, 1) * 32767).astype("<i2").tobytes()
+    result = asyncio.run(run(given.port, audio, given.streams, given.warm_up_s, given.measure_s))
+    print(json.dumps(result))  # noqa: T201  the output is the interface
+
+
+if __name__ == "__main__":
+    main()

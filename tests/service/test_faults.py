@@ -1,0 +1,182 @@
+"""Faults put into each stage of a running service: what was in flight is answered, it is counted, and the next request
+is served."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+from starlette.testclient import TestClient
+
+from service import audio
+from service.app import create_app
+from service.engine import Engine
+from service.protocol import protocol_for
+from service.runtime import Runtime
+from service.settings import Settings
+from tests.conftest import encoded, voice
+
+DETECT = "/v1/keywords/detect"
+WAV = {"Content-Type": "audio/wav"}
+CLIP = encoded(voice(1.0))
+PATIENCE_S = 60.0
+CALL_TIMEOUT_S = 1.0
+
+
+class Faults:
+    """What the next graph calls do, in place of the engine's own."""
+
+    def __init__(self) -> None:
+        self.now: Callable[[], None] = lambda: None
+        self.calls = 0
+        self.entered = threading.Semaphore(0)
+        self.go_on = threading.Event()
+
+    def hang(self) -> None:
+        self.entered.release()
+        assert self.go_on.wait(PATIENCE_S)
+
+    def fail(self) -> None:
+        raise MemoryError("no room")
+
+    def die(self) -> None:
+        raise SystemExit
+
+
+@pytest.fixture
+def faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
+    made = Faults()
+    run = Engine.run
+
+    def faulty(self: Engine, *arguments: object, **options: object) -> object:
+        made.calls += 1
+        made.now()
+        return run(self, *arguments, **options)  # type: ignore[arg-type]  # as they came
+
+    monkeypatch.setattr(Engine, "run", faulty)
+    yield made
+    made.go_on.set()
+
+
+@pytest.fixture
+def client(tmp_path: Path, faults: Faults) -> Iterator[TestClient]:
+    assert faults.calls == 0
+    settings = Settings(data_dir=tmp_path, inference_threads=1, call_timeout_s=CALL_TIMEOUT_S, request_timeout_s=30)
+    with TestClient(create_app(settings)) as made:
+        yield made
+
+
+def detect(client: TestClient) -> httpx.Response:
+    return client.post(DETECT, content=CLIP, headers=WAV)
+
+
+def metric(client: TestClient, name: str) -> float:
+    line = next(line for line in client.get("/metrics").text.splitlines() if line.startswith(name))
+    return float(line.rsplit(" ", 1)[1])
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("fault", "kind"), [("fail", "call"), ("die", "restart")])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_graph_call_that_fails_or_takes_its_worker_along(
+    client: TestClient, faults: Faults, fault: str, kind: str
+) -> None:
+    faults.now = getattr(faults, fault)
+    failed = detect(client)
+    assert (failed.status_code, failed.json()["code"]) == (500, "inference_failed")
+    assert "no room" not in failed.text
+    faults.now = lambda: None
+    until(lambda: metric(client, f'sotto_worker_failures_total{{kind="{kind}"}}') == 1)
+    assert client.get("/readyz").status_code == 200
+    assert detect(client).status_code == 200
+
+
+def test_a_graph_call_that_hangs(client: TestClient, faults: Faults) -> None:
+    faults.now = faults.hang
+    answers: list[httpx.Response] = []
+    asking = threading.Thread(target=lambda: answers.append(detect(client)))
+    asking.start()
+    assert faults.entered.acquire(timeout=PATIENCE_S)
+    faults.now = lambda: None
+    asking.join(PATIENCE_S)
+    assert (answers[0].status_code, answers[0].json()["code"]) == (500, "inference_failed")
+    assert metric(client, 'sotto_worker_failures_total{kind="hang"}') == 1
+    assert detect(client).status_code == 200
+    assert client.get("/readyz").json()["checks"]["inference"] is True
+
+
+def test_a_decoder_that_fails(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> audio.Waveform:
+        raise OSError("the library is gone")
+
+    monkeypatch.setattr(audio, "decode", broken)
+    failed = detect(client)
+    assert (failed.status_code, failed.json()["code"]) == (500, "internal_error")
+    assert "library" not in failed.text
+    monkeypatch.undo()
+    assert detect(client).status_code == 200
+
+
+def test_what_follows_the_graph_fails(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("service.keywords.window_scores", broken)
+    assert detect(client).json()["code"] == "internal_error"
+    monkeypatch.undo()
+    assert detect(client).status_code == 200
+
+
+def test_the_clip_of_a_client_that_left_is_not_computed(tmp_path: Path, faults: Faults) -> None:
+    settings = Settings(data_dir=tmp_path, inference_threads=1, max_batch=1)
+    app = create_app(settings)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        server = uvicorn.Server(uvicorn.Config(app, http=protocol_for(settings), log_level="warning", access_log=False))
+        serving = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        serving.start()
+        until(lambda: server.started)
+        base = f"http://127.0.0.1:{port}"
+        try:
+            faults.now = faults.hang
+            first: list[int] = []
+            asking = threading.Thread(
+                target=lambda: first.append(
+                    httpx.post(base + DETECT, content=CLIP, headers=WAV, timeout=30).status_code
+                )
+            )
+            asking.start()
+            assert faults.entered.acquire(timeout=PATIENCE_S)
+            faults.now = lambda: None
+            head = (
+                f"POST {DETECT} HTTP/1.1\r\nHost: x\r\nContent-Type: audio/wav\r\nContent-Length: {len(CLIP)}\r\n\r\n"
+            )
+            runtime: Runtime = app.state.runtime
+            with socket.create_connection(("127.0.0.1", port)) as leaving:
+                leaving.sendall(head.encode() + CLIP)
+                until(lambda: runtime.metrics.queue_depth._value.get() == 1)
+            calls = faults.calls
+            # Until the service has noticed, which takes a turn of its loop.
+            until(lambda: len(server.server_state.connections) <= 1)
+            faults.go_on.set()
+            asking.join(PATIENCE_S)
+            dropped = 'sotto_dropped_total{reason="abandoned"} 1.0'
+            until(lambda: dropped in httpx.get(base + "/metrics").text)
+            assert first == [200]
+            assert faults.calls == calls
+        finally:
+            server.should_exit = True
+            serving.join(PATIENCE_S)
