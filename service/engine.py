@@ -67,6 +67,8 @@ class Engine:
         self.bundle = bundle
         self.manifest: Manifest = bundle.manifest
         self.cohort = self._load_cohort()
+        self.every_keyword = np.ones(len(self.manifest.keywords.labels), dtype=np.bool_)
+        self.every_keyword.flags.writeable = False
         self.memory_bytes = 0
         graph = bundle.read(self.manifest.graph.file)
         self._sessions: dict[Part, Session] = {}

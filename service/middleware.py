@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 import re
 import time
-import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -38,7 +38,7 @@ class RequestFrame:
         clock = StageClock(self._metrics, state.get(ABANDONED, lambda: False))
         state["clock"] = clock
         offered = Headers(scope=scope).get(REQUEST_ID, "")
-        request_id = offered if _PLAIN_ID.fullmatch(offered) else uuid.uuid4().hex
+        request_id = offered if _PLAIN_ID.fullmatch(offered) else f"{random.getrandbits(128):032x}"
         status = 500
         started = False
 

@@ -30,7 +30,7 @@ class StageClock:
     def record(self, name: str, duration_s: float) -> None:
         """Count a duration that was measured elsewhere."""
         self.durations_s[name] = self.durations_s.get(name, 0.0) + duration_s
-        self._metrics.stage_duration.labels(name).observe(duration_s)
+        self._metrics.stages[name].observe(duration_s)
 
     def header(self) -> str:
         """The `Server-Timing` value, durations in milliseconds."""

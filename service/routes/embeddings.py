@@ -24,10 +24,11 @@ from service.routes.common import (
     problems,
     runtime_of,
 )
+from service.routes.direct import AudioRoute
 from service.schemas import EmbeddingEntry, EmbeddingsAnswer
 from service.speech import measure
 
-router = APIRouter(prefix="/v1/embeddings", tags=["embeddings"])
+router = APIRouter(prefix="/v1/embeddings", tags=["embeddings"], route_class=AudioRoute)
 
 Kind = Literal["speaker", "utterance", "frames"]
 EXAMPLE = {

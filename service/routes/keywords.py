@@ -23,9 +23,10 @@ from service.routes.common import (
     problems,
     runtime_of,
 )
+from service.routes.direct import AudioRoute
 from service.schemas import DetectAnswer, DetectionInfo, KeywordEntry, KeywordsAnswer, RankedKeyword
 
-router = APIRouter(prefix="/v1/keywords", tags=["keywords"])
+router = APIRouter(prefix="/v1/keywords", tags=["keywords"], route_class=AudioRoute)
 
 KeywordsParameter = Annotated[
     list[str], Query(max_length=500, description="Labels such as `en:computer`; default all.")
@@ -113,6 +114,8 @@ async def list_keywords(request: Request, caller: Infers, model: ModelParameter 
 
 def allowed_labels(engine: Engine, wanted: list[str]) -> npt.NDArray[np.bool_]:
     """Mask of the labels asked for. Raises NotFoundError for one that the model does not know."""
+    if not wanted:
+        return engine.every_keyword
     try:
         return spotting.allowed_labels(engine.manifest.keywords, wanted)
     except KeyError as error:

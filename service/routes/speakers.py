@@ -35,6 +35,7 @@ from service.routes.common import (
     problems,
     runtime_of,
 )
+from service.routes.direct import AudioRoute
 from service.runtime import Runtime
 from service.schemas import Claim, EnrolAnswer, EnrolmentClip, ModelInfo, SpeakerAnswer, SpeakersAnswer, VerifyAnswer
 from service.speakers import scoring
@@ -43,7 +44,7 @@ from service.speakers.store import Array, Enrolment, Profile
 from service.speech import SpeechQuality, measure
 from service.timing import StageClock
 
-router = APIRouter(prefix="/v1/speakers", tags=["speakers"])
+router = APIRouter(prefix="/v1/speakers", tags=["speakers"], route_class=AudioRoute)
 
 MODEL_EXAMPLE = {"name": "sotto-edge", "version": 1}
 ENROL_EXAMPLE = {

@@ -9,6 +9,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 
+from service import audio
 from service.audio import LOUDEST_SAMPLE, SAMPLE_RATE_HZ, Waveform, check_media_type, decode, is_plain
 from service.errors import (
     AudioTooLargeError,
@@ -296,3 +297,26 @@ def test_only_uncompressed_samples_are_plain(container: str, subtype: str, plain
 def test_raw_samples_are_plain_and_other_bytes_are_not() -> None:
     assert is_plain(b"\0\1" * 100, "audio/pcm;rate=16000")
     assert not is_plain(b"\0\1" * 100, "audio/wav")
+
+
+@pytest.mark.parametrize("declared", [None, 0xFFFFFFFF, 0, 1, 2, 1001, 20_000])
+@pytest.mark.parametrize("cut", [0, 1, 7, 15_000])
+@pytest.mark.parametrize("after", [b"", b"LIST" + bytes(8)])
+def test_a_plain_wav_decodes_as_libsndfile_does(declared: int | None, cut: int, after: bytes) -> None:
+    data = encoded(voice(0.5))
+    if declared is not None:
+        data = data[:40] + declared.to_bytes(4, "little") + data[44:]
+    data = data[: len(data) - cut] + after
+    plain = audio._plain_samples(data, 10.0)
+    if plain is None:
+        with pytest.raises(UndecodableAudioError):
+            audio._decode_container(data, 10.0)
+    else:
+        assert np.array_equal(plain, audio._decode_container(data, 10.0))
+
+
+@pytest.mark.parametrize("place", range(8, 40))
+def test_a_wav_that_is_not_plain_goes_to_libsndfile(place: int) -> None:
+    data = bytearray(encoded(voice(0.5)))
+    data[place] ^= 0x55
+    assert audio._plain_samples(bytes(data), 10.0) is None
