@@ -21,6 +21,8 @@ import numpy as np
 STAGE = re.compile(rb"(\w+);dur=([0-9.]+)")
 # More than these under way at once are not begun: an overloaded machine would measure its own client.
 MOST_UNDER_WAY = 2000
+PATIENCE_S = 10.0
+UNANSWERED = "unanswered"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,7 @@ class Result:
 
     seconds: float
     kinds: dict[str, Kind]
-    statuses: dict[str, int]  # -1: the connection broke
+    statuses: dict[str, int]  # "-1": the connection broke
     in_time: int  # answered with 200 within the deadline
 
     @property
@@ -58,7 +60,8 @@ class Result:
 
 @dataclass
 class Tally:
-    """What the clients saw; requests that began before `begin` are not counted."""
+    """What the clients saw of requests that were due from `begin` to `end`; those not answered by then are failures,
+    or a server that stalls would look the better for it."""
 
     begin: float
     end: float
@@ -67,10 +70,14 @@ class Tally:
     stages: dict[str, dict[str, list[float]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))
     statuses: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     in_time: int = 0
+    sent: int = 0
+
+    def begun(self, due: float) -> None:
+        self.sent += self.begin <= due < self.end
 
     def add(self, kind: str, due: float, status: int, head: bytes) -> None:
         done = time.perf_counter()
-        if not (self.begin <= due and done <= self.end):
+        if not self.begin <= due < self.end:
             return
         self.statuses[str(status)] += 1
         if status != 200:
@@ -86,6 +93,9 @@ class Tally:
             p50, p99 = np.percentile(np.array(times_s) * 1e3, [50, 99])
             server = {name: float(np.median(values)) for name, values in self.stages[kind].items()}
             kinds[kind] = Kind(len(times_s), float(p50), float(p99), server)
+        unanswered = self.sent - sum(self.statuses.values())
+        if unanswered:
+            self.statuses[UNANSWERED] += unanswered
         return Result(self.end - self.begin, kinds, dict(self.statuses), self.in_time)
 
 
@@ -99,6 +109,9 @@ class Connection:
     async def exchange(self, request: bytes) -> tuple[int, bytes]:
         """(status, head) of the answer; status -1 where there was none."""
         try:
+            if self._streams is not None and self._streams[0].at_eof():
+                # The server closed it while it was idle, as servers do.
+                self.close()
             if self._streams is None:
                 self._streams = await asyncio.open_connection(self._host, self._port)
             reader, writer = self._streams
@@ -127,6 +140,7 @@ async def closed_loop(host: str, port: int, requests: list[tuple[str, bytes]], t
         while (start := time.perf_counter()) < tally.end:
             kind, request = requests[turn % len(requests)]
             turn += 1
+            tally.begun(start)
             tally.add(kind, start, *await connection.exchange(request))
         connection.close()
 
@@ -147,6 +161,7 @@ async def open_loop(host: str, port: int, requests: list[tuple[str, bytes]], tal
     due, turn = time.perf_counter(), 0
     while due < tally.end:
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
+        tally.begun(due)
         if len(under_way) < MOST_UNDER_WAY:
             task = asyncio.create_task(one(*requests[turn % len(requests)], due))
             under_way.add(task)
@@ -154,7 +169,7 @@ async def open_loop(host: str, port: int, requests: list[tuple[str, bytes]], tal
         turn += 1
         due += float(rng.exponential(1 / rate))
     if under_way:
-        await asyncio.wait(under_way, timeout=10.0)
+        await asyncio.wait(under_way, timeout=PATIENCE_S)
     for connection in idle:
         connection.close()
 

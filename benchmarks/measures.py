@@ -177,7 +177,7 @@ def streams(setting: Setting) -> list[str]:
     lines = [
         "## streams",
         "",
-        "Real-time WebSocket streams of 100 ms messages; the delay is from a message to when all that it completed "
+        "Real-time WebSocket streams of 125 ms messages; the delay is from a message to when all that it completed "
         "has "
         f"been told. {max(good, default=0) / CPUS:.0f} streams a core ({max(good, default=0)} on {CPUS} cores, which "
         "the "
@@ -240,6 +240,8 @@ def _wrk(server: Server, file: Path, folder: Path) -> list[float]:
     url = f"http://127.0.0.1:{server.port}{server.detect}"
     command = ["wrk", "-t1", f"-c{CLIENTS}", "-d8s", "-s", str(script), url]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
+    if "Non-2xx" in done.stdout:
+        raise RuntimeError(f"wrk saw refusals:\n{done.stdout}")
     found = re.search(r"Requests/sec:\s*([0-9.]+)", done.stdout)
     return [] if found is None else [float(found.group(1))]
 

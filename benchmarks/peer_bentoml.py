@@ -10,7 +10,7 @@ from bentoml.validators import ContentType
 from benchmarks.spotting import Spotter
 
 
-@bentoml.service(workers=len(os.sched_getaffinity(0)), traffic={"timeout": 30})
+@bentoml.service(workers=len(os.sched_getaffinity(0)), traffic={"timeout": 30}, logging={"access": {"enabled": False}})
 class Detector:
     def __init__(self) -> None:
         self.spotter = Spotter()

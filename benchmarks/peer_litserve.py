@@ -27,4 +27,4 @@ if __name__ == "__main__":
     server = litserve.LitServer(
         Api(api_path="/detect"), accelerator="cpu", workers_per_device=len(os.sched_getaffinity(0))
     )
-    server.run(port=int(os.environ["PEER_PORT"]), generate_client_file=False, num_api_servers=1)
+    server.run(port=int(os.environ["PEER_PORT"]), generate_client_file=False, log_level="warning")

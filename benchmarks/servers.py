@@ -29,7 +29,7 @@ READY_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """`detect` is the path of its keyword route; `wrap` turns a WAV file into the body it takes."""
+    """`detect` is the path of its keyword route; `body` turns a WAV file into what it takes."""
 
     port: int
     pid: int
@@ -73,6 +73,10 @@ def sotto(bundle: Bundle, **settings: str) -> Iterator[Server]:
 PEERS: dict[str, tuple[str, dict[str, str]]] = {
     "FastAPI, async def, ORT defaults": ("peer_fastapi", {"PEER_KIND": "async", "PEER_THREADS": "0"}),
     "FastAPI, async def, 1 thread": ("peer_fastapi", {"PEER_KIND": "async", "PEER_THREADS": "1"}),
+    "FastAPI, async def, 1 thread, a process a core": (
+        "peer_fastapi",
+        {"PEER_KIND": "async", "PEER_THREADS": "1", "WEB_CONCURRENCY": str(len(os.sched_getaffinity(0)))},
+    ),
     "FastAPI, def (thread pool), 1 thread": ("peer_fastapi", {"PEER_KIND": "def", "PEER_THREADS": "1"}),
     "LitServe": ("peer_litserve", {}),
     "BentoML": ("peer_bentoml", {}),

@@ -26,6 +26,7 @@ from service.errors import (
 from service.middleware import RequestFrame
 from service.routes import analyze, embeddings, identify, keywords, models, ops, speakers, stream
 from service.routes.common import refuse_unknown_query, runtime_of
+from service.routes.direct import DirectRoutes
 from service.runtime import Runtime
 from service.settings import Settings
 
@@ -74,8 +75,11 @@ def create_app(settings: Settings) -> FastAPI:
         dependencies=[Depends(refuse_unknown_query)],
     )
     app.state.runtime = runtime
-    for module in (keywords, stream, identify, speakers, embeddings, analyze, models, ops):
-        app.include_router(module.router)
+    routers = [module.router for module in (keywords, stream, identify, speakers, embeddings, analyze, models, ops)]
+    for router in routers:
+        app.include_router(router)
+    direct = [route for router in routers for route in router.routes]
+    app.add_middleware(DirectRoutes, routes=direct, on_error=_on_service_error)
     app.add_middleware(RequestFrame, metrics=runtime.metrics)
     app.add_exception_handler(ServiceError, _on_service_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)

@@ -15,13 +15,24 @@ from __future__ import annotations
 
 import asyncio
 import bisect
-import enum
 import logging
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
+
+from service.queueing import (
+    AbandonedError,
+    CallFailedError,
+    ClosedError,
+    ExpiredError,
+    Limits,
+    Observer,
+    Priority,
+    QueueFullError,
+    Timed,
+)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -33,74 +44,12 @@ WIDEST_RATIO = 1.5
 SPEED_MEMORY = 0.1
 # How often a worker that stopped or hangs is noticed.
 SUPERVISION_S = 0.5
+# After a worker died or hung, so that whoever asks every few seconds whether to send requests here sees it.
+UNREADY_S = 5.0
 # With this many threads stuck in calls that never end, only a new process helps.
 MOST_STUCK = 4
 
 log = logging.getLogger(__name__)
-
-
-class Priority(enum.Enum):
-    """How many seconds an item gives way to more urgent ones."""
-
-    STREAM = 0.0
-    CLIP = 0.1
-    BULK = 1.0
-
-
-class QueueFullError(Exception):
-    """Admission refused: too much is waiting, or the wait would pass the deadline."""
-
-    def __init__(self, message: str, retry_after_s: float) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
-
-
-class ExpiredError(Exception):
-    """The item's deadline passed while it waited."""
-
-
-class AbandonedError(Exception):
-    """Whoever wanted the item went away while it waited."""
-
-
-class ClosedError(Exception):
-    """The batcher is shut down."""
-
-
-class CallFailedError(Exception):
-    """The batched call raised (`__cause__` says what), hung, or died with its worker."""
-
-
-class Observer(Protocol):
-    """What the batcher reports."""
-
-    def batch_run(self, items: int, size: float, area: float, duration_s: float) -> None: ...
-
-    def queue_changed(self, items: int, size: float) -> None: ...
-
-    def worker_failed(self, kind: str) -> None: ...
-
-    def dropped(self, reason: str) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Timed(Generic[Result]):
-    """A result with what it cost: time in the queue and in the call it shared."""
-
-    value: Result
-    queue_s: float
-    call_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """max_batch items and max_area (padded size: largest x count) a call; max_waiting size in the queue;
-    a call that takes longer than hang_s is given up."""
-
-    max_batch: int
-    max_area: float
-    max_waiting: float
-    hang_s: float = 30.0
 
 
 @dataclass(slots=True, eq=False)
@@ -155,6 +104,7 @@ class Batcher(Generic[Item, Result]):
         self._closing = False
         self._workers: list[_Worker[Item, Result]] = []
         self._stuck: list[_Worker[Item, Result]] = []
+        self._failed_at = float("-inf")
         self._stop = threading.Event()
         for _ in range(workers):
             self._start_worker()
@@ -198,9 +148,14 @@ class Batcher(Generic[Item, Result]):
 
     @property
     def alive(self) -> bool:
-        """Whether every worker that should run does."""
+        """Whether every worker that should run does, and none failed lately."""
         with self._wake:
-            return not self._closing and not any(worker.stopped or self._hangs(worker) for worker in self._workers)
+            return (
+                not self._closing
+                and self._supervisor.is_alive()
+                and self._clock() - self._failed_at >= UNREADY_S
+                and not any(worker.stopped or self._hangs(worker) for worker in self._workers)
+            )
 
     @property
     def beyond_repair(self) -> bool:
@@ -216,7 +171,7 @@ class Batcher(Generic[Item, Result]):
         self._stop.set()
         end = time.monotonic() + timeout_s
         for thread in (*(worker.thread for worker in self._workers), self._supervisor):
-            if thread is not None:
+            if thread is not None and thread.is_alive():
                 thread.join(max(0.0, end - time.monotonic()))
         with self._wake:
             leftover, self._waiting = self._waiting, []
@@ -234,13 +189,15 @@ class Batcher(Generic[Item, Result]):
         wait_s = (running_s + ahead_s) / max(1, len(self._workers))
         if self._waiting and self._waiting_size + entry.size > self._limits.max_waiting:
             raise QueueFullError(f"{len(self._waiting)} clips are waiting", max(wait_s, 1.0))
-        if now + wait_s > entry.deadline:
-            raise QueueFullError(f"the wait would be {wait_s:.1f} s, past the deadline", wait_s)
+        # The call that it will share takes as long as a full batch of its like.
+        limits = self._limits
+        call_s = min(entry.cost_s * limits.max_batch, self._rate(entry.group) * max(limits.max_area, entry.size))
+        if now + wait_s + call_s > entry.deadline:
+            raise QueueFullError(f"it would take {wait_s + call_s:.1f} s, past the deadline", wait_s)
 
     def _rate(self, group: Hashable) -> float:
         """Seconds of work for each unit of size; of a group that was never run, as of the slowest."""
-        known = self._seconds_per_size.get(group)
-        return max(self._seconds_per_size.values(), default=0.0) if known is None else known
+        return self._seconds_per_size.get(group, max(self._seconds_per_size.values(), default=0.0))
 
     def _start_worker(self) -> None:
         worker = _Worker[Item, Result]()
@@ -286,6 +243,9 @@ class Batcher(Generic[Item, Result]):
             else:
                 standing.append(entry)
         batch: list[_Entry[Item, Result]] = []
+        # A burst is shared out among the workers that have nothing to do, this one included.
+        free = sum(not worker.batch for worker in self._workers)
+        most = min(self._limits.max_batch, -(-len(standing) // max(1, free)))
         if standing:
             smallest = largest = standing[0].size
             for entry in standing:
@@ -294,7 +254,7 @@ class Batcher(Generic[Item, Result]):
                 if not batch or (entry.group == batch[0].group and fits):
                     batch.append(entry)
                     smallest, largest = low, high
-                if len(batch) >= self._limits.max_batch:
+                if len(batch) >= most:
                     break
             taken = set(map(id, batch))
             standing = [entry for entry in standing if id(entry) not in taken]
@@ -357,6 +317,7 @@ class Batcher(Generic[Item, Result]):
     def _withdraw(self, entry: _Entry[Item, Result]) -> None:
         with self._wake:
             if entry in self._waiting:
+                self._observer.dropped("expired" if entry.deadline <= self._clock() else "abandoned")
                 self._waiting.remove(entry)
                 self._waiting_size = sum(other.size for other in self._waiting)
                 self._report_queue()
@@ -371,17 +332,22 @@ class Batcher(Generic[Item, Result]):
         """Replace workers that died, and those that hang: a thread cannot be stopped, but it can be left."""
         while not self._stop.wait(SUPERVISION_S):
             with self._wake:
-                for worker in [worker for worker in self._workers if worker.stopped]:
-                    self._replace(worker, "restart")
                 for worker in [worker for worker in self._workers if self._hangs(worker)]:
                     worker.given_up = True
                     self._stuck.append(worker)
                     for entry in worker.batch:
                         self._finish(entry, CallFailedError(f"the call hung for {self._limits.hang_s:g} s"))
                     self._replace(worker, "hang")
+                for worker in [worker for worker in self._workers if worker.stopped]:
+                    self._replace(worker, "restart")
                 self._stuck = [worker for worker in self._stuck if not worker.stopped]
 
     def _replace(self, worker: _Worker[Item, Result], kind: str) -> None:
+        self._failed_at = self._clock()
         self._workers.remove(worker)
         self._observer.worker_failed(kind)
-        self._start_worker()
+        try:
+            self._start_worker()
+        except RuntimeError:
+            # No thread to be had now: tried again at the next look, since the one without a thread counts as stopped.
+            log.exception("a worker could not be started")

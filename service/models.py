@@ -44,6 +44,9 @@ class Models:
         self._default: Engine | None = None
         # Loading takes all of a CPU for a while, so one model at a time.
         self._loading = asyncio.Lock()
+        # Digests of bundles that did not pass their checks: a bundle never changes, so neither will that.
+        self._unusable: dict[str, str] = {}
+        self._refreshing = asyncio.Lock()
         self._coming: dict[str, asyncio.Task[Engine]] = {}
 
     def start(self) -> None:
@@ -90,12 +93,14 @@ class Models:
     async def refresh(self) -> None:
         """Serve what the default's name means now: someone may have moved its alias. A version that does not
         load leaves the old one in place, and is logged."""
-        try:
-            bundle = await self._resolve(self._reference)
-            if bundle.digest != self.default.bundle.digest:
-                self._adopt(await self._ensure(bundle))
-        except (NotFoundError, ModelUnusableError) as error:
-            log.error("%s is not served, %s stays: %s", self._reference, self.default.manifest.version, error)
+        # One at a time, or a slower one could end last and bring an older answer.
+        async with self._refreshing:
+            try:
+                bundle = await self._resolve(self._reference)
+                if bundle.digest != self.default.bundle.digest:
+                    self._adopt(await self._ensure(bundle))
+            except (NotFoundError, ModelUnusableError) as error:
+                log.error("%s is not served, %s stays: %s", self._reference, self.default.manifest.version, error)
 
     async def _resolve(self, reference: str) -> Bundle:
         try:
@@ -109,6 +114,8 @@ class Models:
         engine = self._touched(digest)
         if engine is not None:
             return engine
+        if digest in self._unusable:
+            raise ModelUnusableError(self._unusable[digest])
         task = self._coming.get(digest)
         if task is None:
             task = self._coming[digest] = asyncio.create_task(self._load_beside(bundle))
@@ -116,6 +123,7 @@ class Models:
         try:
             return await asyncio.shield(task)
         except StoreError as error:
+            self._unusable[digest] = str(error)
             raise ModelUnusableError(str(error)) from error
 
     async def _load_beside(self, bundle: Bundle) -> Engine:

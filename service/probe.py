@@ -42,14 +42,15 @@ def choose_threads(graph: bytes, cpus: int) -> Threads:
         "waveform": np.full((1, SAMPLE_RATE_HZ), 0.01, np.float32),
         "lengths": np.array([SAMPLE_RATE_HZ], np.int64),
     }
-    counts = dict.fromkeys(candidates, 0)
+    counts, seconds = dict.fromkeys(candidates, 0), dict.fromkeys(candidates, 0.0)
 
     for session in sessions.values():
         session.run(None, feeds)
     for _ in range(ROUNDS):
         for callers, intra_op in candidates:
             session = sessions[intra_op]
-            end = time.perf_counter() + PROBE_S
+            begin = time.perf_counter()
+            end = begin + PROBE_S
             done = [0] * callers
 
             def work(index: int) -> None:
@@ -62,8 +63,10 @@ def choose_threads(graph: bytes, cpus: int) -> Threads:
                 thread.start()
             for thread in threads:
                 thread.join()
+            # A slow graph's last calls end long after they were to.
+            seconds[callers, intra_op] += time.perf_counter() - begin
             counts[callers, intra_op] += sum(done)
-    rates = {candidate: count / (ROUNDS * PROBE_S) for candidate, count in counts.items()}
+    rates = {candidate: count / seconds[candidate] for candidate, count in counts.items()}
     best = max(rates, key=rates.__getitem__)
     callers, intra_op = best if rates[best] > CLEARLY_BETTER * rates[side_by_side] else side_by_side
     return Threads(callers, intra_op, rates)

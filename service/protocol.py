@@ -1,27 +1,33 @@
-"""HTTP/1.1 with clients that are slow, greedy or many. uvicorn bounds none of these by itself:
+"""HTTP/1.1 and WebSockets with clients that are slow, greedy or many. uvicorn bounds none of these by itself:
 
-a head that trickles in or never ends, a body slower than `least_body_rate`, a response that nobody reads, and more
-connections than `limit_connections`, past which only probes and metrics are answered.
+a head that trickles in or has no end, a body slower than `least_body_rate`, an answer that nobody reads, and more
+connections than `limit_connections`, past which only probes and metrics are answered (past twice as many, nothing).
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import random
+import weakref
+from collections.abc import Callable, Collection
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from service.errors import PROBLEM_JSON, HeadTooLargeError, OverloadedError, RequestTooSlowError, ServiceError
+from service.metrics import Metrics
 from service.settings import Settings
 
 if TYPE_CHECKING:
     from asyncio import TimerHandle
 
     from uvicorn._types import ASGIReceiveCallable, ASGISendCallable, Scope
+    from websockets.frames import Frame
 
-# Request line and headers; nginx allows as much.
+# Request line and headers; nginx allows as much. A head that comes in one piece may be longer by that piece.
 MOST_HEAD_BYTES = 32 * 1024
 # A body may begin slowly: connections have to find their speed.
 BODY_GRACE_S = 5.0
@@ -33,19 +39,26 @@ ABANDONED = "abandoned"
 ALWAYS_ANSWERED = frozenset(("/healthz", "/readyz", "/metrics"))
 # Times `limit_connections`: here even an answer would cost too much.
 NOT_ACCEPTED = 2
+# What we send on a stream are small messages: whoever leaves so much of them unread does so on purpose.
+MOST_UNREAD_BYTES = 2**20
+UNREAD_LOOK_EVERY_S = 1.0
+# Pieces of one WebSocket message. Its bytes are bounded, but pieces may be empty.
+MOST_PIECES = 1000
 
 
-def protocol_for(settings: Settings) -> type[HttpToolsProtocol]:
-    """The protocol class for uvicorn, which builds one for each connection by itself."""
+def protocol_for(settings: Settings, metrics: Metrics) -> type[HttpToolsProtocol]:
+    """The protocol class for uvicorn, which makes one for each connection by itself."""
 
-    class Bounded(_BoundedProtocol):
+    class Bounded(_BoundedHttp):
         bounds = settings
+        refused = staticmethod(lambda code: metrics.rejects.labels(code).inc())
 
     return Bounded
 
 
-class _BoundedProtocol(HttpToolsProtocol):
+class _BoundedHttp(HttpToolsProtocol):
     bounds: Settings
+    refused: Callable[[str], None]
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -54,7 +67,6 @@ class _BoundedProtocol(HttpToolsProtocol):
         self._body_bytes = 0
         self._body_since = 0.0
         self._receiving: TimerHandle | None = None
-        self._sending: TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
@@ -68,6 +80,14 @@ class _BoundedProtocol(HttpToolsProtocol):
         super().data_received(data)
         if self._in_head and self._head_bytes > MOST_HEAD_BYTES:
             self._refuse(HeadTooLargeError(f"request line and headers take more than {MOST_HEAD_BYTES} bytes"))
+        # Bytes stop uvicorn's timer of idle connections. Where they began no request (an empty line, the rest of a
+        # body whose answer is out), nothing else would ever end this one.
+        waits = self.cycle is not None and self.cycle.response_complete and not self.pipeline
+        timed = self._receiving is not None or self.timeout_keep_alive_task is not None
+        if waits and not timed and not self.transport.is_closing():
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -77,46 +97,44 @@ class _BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._in_head = False
-        self._stop(receiving=True)
+        self._stop()
+        crowded = len(self.connections) > self.bounds.limit_connections
+        if self.parser.should_upgrade() and self._should_upgrade():
+            if crowded:
+                self._refuse(_crowd())
+            super().on_headers_complete()
+            return
         self._body_bytes, self._body_since = 0, self.loop.time()
         self._receiving = self.loop.call_later(BODY_LOOK_EVERY_S, self._look_at_body)
-        crowded = len(self.connections) > self.bounds.limit_connections
         path = self.url.partition(b"?")[0].decode("latin-1")
         app = self.app
         if crowded and path not in ALWAYS_ANSWERED:
-            self.app = _refuse_crowd
+            self.app = self._refuse_crowd
         try:
             super().on_headers_complete()
         finally:
             self.app = app
-        if self.cycle is not None and self.cycle.scope is self.scope:
-            cycle = self.cycle
-            self.scope["state"][ABANDONED] = lambda: cycle.disconnected
+        # Weak, or every request would be a cycle of references for the collector.
+        cycle = weakref.ref(self.cycle)
+        self.scope["state"][ABANDONED] = lambda: (found := cycle()) is None or found.disconnected
 
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self._stop(receiving=True)
+        self._stop()
         self._head_bytes = 0
         super().on_message_complete()
 
     def handle_websocket_upgrade(self) -> None:
-        self._stop(receiving=True, sending=True)
-        super().handle_websocket_upgrade()
+        self._stop()
+        if not self.transport.is_closing():
+            super().handle_websocket_upgrade()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop(receiving=True, sending=True)
+        self._stop()
         super().connection_lost(exc)
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._sending = self.loop.call_later(self.bounds.send_timeout_s, self.transport.abort)
-
-    def resume_writing(self) -> None:
-        self._stop(sending=True)
-        super().resume_writing()
 
     def _wait_for_head(self) -> None:
         limit_s = self.bounds.head_timeout_s
@@ -126,51 +144,108 @@ class _BoundedProtocol(HttpToolsProtocol):
     def _look_at_body(self) -> None:
         elapsed_s = self.loop.time() - self._body_since
         least = self.bounds.least_body_rate
-        # While uvicorn itself does not read, the client is not to blame.
-        if elapsed_s > BODY_GRACE_S and self._body_bytes < least * elapsed_s and not self.flow.read_paused:
+        # While uvicorn does not read, or has not told the client to go on, the client is not to blame.
+        ours = self.flow.read_paused or self.cycle.waiting_for_100_continue
+        if elapsed_s > BODY_GRACE_S and self._body_bytes < least * elapsed_s and not ours:
             self._refuse(RequestTooSlowError(f"the body comes in at less than {least} bytes a second"))
             return
         self._receiving = self.loop.call_later(BODY_LOOK_EVERY_S, self._look_at_body)
 
-    def _stop(self, *, receiving: bool = False, sending: bool = False) -> None:
-        if receiving and self._receiving is not None:
+    def _stop(self) -> None:
+        if self._receiving is not None:
             self._receiving.cancel()
             self._receiving = None
-        if sending and self._sending is not None:
-            self._sending.cancel()
-            self._sending = None
 
     def _refuse(self, error: ServiceError) -> None:
-        """Say why, unless an answer is under way, and close."""
-        self._stop(receiving=True)
+        """Close; say why where no answer is out or owed to a request before."""
+        self._stop()
         if self.transport.is_closing():
             return
-        if self.cycle is None or not self.cycle.response_started or self.cycle.response_complete:
+        self.refused(error.code)
+        cycle = self.cycle
+        silent = cycle is not None and (not cycle.response_complete if self._in_head else cycle.response_started)
+        if not silent:
             body = json.dumps(error.problem("")).encode()
             status = HTTPStatus(error.status)
-            head = (
-                f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: {PROBLEM_JSON}\r\n"
-                f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-            )
-            self.transport.write(head.encode() + body)
+            headers = {**_headers(error, body), "x-request-id": f"{random.getrandbits(128):032x}"}
+            lines = [f"HTTP/1.1 {status.value} {status.phrase}", *(f"{name}: {text}" for name, text in headers.items())]
+            self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
         self.transport.close()
 
+    async def _refuse_crowd(self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:  # noqa: ARG002
+        """An ASGI application that is always full."""
+        error = _crowd()
+        self.refused(error.code)
+        body = json.dumps(error.problem(str(scope.get("path", "")))).encode()
+        headers = [(name.encode(), text.encode()) for name, text in _headers(error, body).items()]
+        await send({"type": "http.response.start", "status": error.status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
 
-async def _refuse_crowd(scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:  # noqa: ARG001
-    """An ASGI application that is always full."""
-    error = OverloadedError("too many connections are open", retry_after_s=RETRY_AFTER_S)
-    body = json.dumps(error.problem(str(scope.get("path", "")))).encode()
-    headers = {
-        "content-type": PROBLEM_JSON,
-        "content-length": str(len(body)),
-        "connection": "close",
-        **error.headers(),
-    }
-    await send(
-        {
-            "type": "http.response.start",
-            "status": error.status,
-            "headers": [(name.lower().encode(), value.encode()) for name, value in headers.items()],
-        }
-    )
-    await send({"type": "http.response.body", "body": body})
+
+class BoundedStream(WebSocketsSansIOProtocol):
+    """A WebSocket whose handshake is answered even where it breaks the rules, and that always comes to an end."""
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.handshake_exc is not None and not self.handshake_initiated:
+            # uvicorn looks for a request only, and would keep this connection for ever.
+            self.transport.write(b"".join(self.conn.data_to_send()))
+            self.handshake_complete = self.close_sent = True
+            self.transport.close()
+
+    def handle_cont(self, event: Frame) -> None:
+        super().handle_cont(event)
+        if len(self.frames) > MOST_PIECES:
+            self.conn.fail(1009, f"a message of more than {MOST_PIECES} pieces")
+            self.handle_parser_exception()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        # Answers to pings are written as they are read.
+        self.transport.pause_reading()
+        self.read_paused = True
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.queue.empty() and not self.transport.is_closing():
+            self.read_paused = False
+            self.transport.resume_reading()
+
+    def shutdown(self) -> None:
+        try:
+            super().shutdown()
+        # The library's complaints about a connection that is half closed must not end the server's own shutdown.
+        except Exception:
+            self.transport.abort()
+
+
+async def cut_off_unread(connections: Collection[Any], timeout_s: float) -> None:
+    """For ever: abort connections whose client takes nothing of what is written for `timeout_s`. A transport that was
+    closed waits for that client as well."""
+    waiting: weakref.WeakKeyDictionary[Any, tuple[int, float]] = weakref.WeakKeyDictionary()
+    loop = asyncio.get_running_loop()
+    while True:
+        await asyncio.sleep(min(UNREAD_LOOK_EVERY_S, timeout_s / 2))
+        now = loop.time()
+        for connection in list(connections):
+            transport = connection.transport
+            size = 0 if transport is None else transport.get_write_buffer_size()
+            before, since = waiting.get(connection, (size, now))
+            if size == 0:
+                waiting.pop(connection, None)
+            elif size < before:
+                waiting[connection] = (size, now)
+            else:
+                waiting[connection] = (size, since)
+                greedy = isinstance(connection, BoundedStream) and size > MOST_UNREAD_BYTES
+                if greedy or now - since >= timeout_s:
+                    transport.abort()
+
+
+def _crowd() -> OverloadedError:
+    return OverloadedError("too many connections are open", retry_after_s=RETRY_AFTER_S)
+
+
+def _headers(error: ServiceError, body: bytes) -> dict[str, str]:
+    own = {name.lower(): text for name, text in error.headers().items()}
+    return {"content-type": PROBLEM_JSON, "content-length": str(len(body)), "connection": "close", **own}

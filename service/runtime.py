@@ -5,27 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from model_store import Bundle, LocalStore, StoreError, verify_bundle
 from model_store.graph import part_of
 from model_store.inference import is_available
 from service import audio
 from service.auth import Authenticator
-from service.batching import (
-    AbandonedError,
-    Batcher,
-    CallFailedError,
-    ClosedError,
-    ExpiredError,
-    Limits,
-    Priority,
-    QueueFullError,
-)
+from service.batching import Batcher
 from service.engine import PARTS, Engine, Outputs, Part
 from service.errors import (
     ClientGoneError,
@@ -37,6 +28,15 @@ from service.intake import Clip
 from service.metrics import Metrics
 from service.models import Models
 from service.probe import choose_threads
+from service.queueing import (
+    AbandonedError,
+    CallFailedError,
+    ClosedError,
+    ExpiredError,
+    Limits,
+    Priority,
+    QueueFullError,
+)
 from service.settings import Settings, available_cpus
 from service.speakers.store import ProfileStore
 from service.timing import StageClock
@@ -289,6 +289,18 @@ class Runtime:
                 return await loop.run_in_executor(pool, work)
         except TimeoutError as error:
             raise DeadlineExceededError("the deadline passed") from error
+
+
+async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results in order. The first failure is raised and the others are cancelled: nobody would read them."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
 
 
 def _run_jobs(jobs: list[Job]) -> list[Outputs]:

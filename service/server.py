@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import uvicorn
 
 from service.app import create_app
-from service.protocol import NOT_ACCEPTED, protocol_for
+from service.protocol import NOT_ACCEPTED, BoundedStream, cut_off_unread, protocol_for
 from service.runtime import Runtime
 from service.settings import Settings
 
@@ -39,11 +39,16 @@ class Server(uvicorn.Server):
         self._settings = settings
         self._runtime = runtime
         self._stopping: asyncio.Task[None] | None = None
+        self._cutting: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if not self.started:
             return
+        # Also while it drains: a client that does not read must not use up the grace.
+        self._cutting = asyncio.create_task(
+            cut_off_unread(self.server_state.connections, self._settings.send_timeout_s)
+        )
         port = self.servers[0].sockets[0].getsockname()[1]
         host = _address(self._settings.host)
         manifest = self._runtime.engine.manifest
@@ -94,13 +99,16 @@ def run(settings: Settings) -> int:
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("alembic").setLevel(logging.WARNING)
     app = create_app(settings)
+    runtime: Runtime = app.state.runtime
     config = uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
-        http=protocol_for(settings),
+        http=protocol_for(settings, runtime.metrics),
         loop="uvloop",
-        ws="websockets-sansio",
+        ws=BoundedStream,
+        # Its pings would wait behind unread audio and end streams that are only slow; `stream_idle_s` ends dead ones.
+        ws_ping_interval=None,
         ws_max_size=settings.stream_message_bytes,
         # Samples hardly compress, and what unpacks can be a bomb.
         ws_per_message_deflate=False,
@@ -111,7 +119,6 @@ def run(settings: Settings) -> int:
         server_header=False,
     )
     _allow_files(NOT_ACCEPTED * settings.limit_connections + OTHER_FILES)
-    runtime: Runtime = app.state.runtime
     # In the lifespan a failure would be uvicorn's, told as a traceback.
     runtime.start()
     server = Server(config, settings, runtime)

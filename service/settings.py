@@ -40,7 +40,7 @@ class Settings(BaseSettings):
     models_dir: Path = Field(default_factory=builtin_store_path, description="Folder of the model store.")
     model: str = Field(default="sotto-edge", description="Default model: name, name@version or name@alias.")
     models_memory_bytes: int = Field(
-        default=2**30, ge=2**20, description="Beyond this (an estimate), models not used lately are unloaded."
+        default=2**28, ge=2**20, description="Beyond this (an estimate), models not used lately are unloaded."
     )
     models_refresh_s: float = Field(
         default=10.0, ge=0, description="How often to look whether the default model's alias has moved; 0: never."
@@ -64,7 +64,7 @@ class Settings(BaseSettings):
     max_queued_audio_s: float = Field(default=1200.0, gt=0, description="Beyond this much waiting audio: 503.")
 
     max_streams: int = Field(default=200, ge=0, description="WebSocket streams open at once.")
-    stream_message_bytes: int = Field(default=2**18, ge=1024, description="Largest message on a stream.")
+    stream_message_bytes: int = Field(default=2**16, ge=1024, description="Largest message on a stream.")
     stream_idle_s: float = Field(default=60.0, gt=0, description="A stream without a message for this long is closed.")
     stream_send_timeout_s: float = Field(default=10.0, gt=0, description="As is one that does not read for this long.")
 

@@ -31,6 +31,8 @@ class Variant(BaseModel):
 
     recipe: Path
     changes: dict[str, Any] = Field(default_factory=dict)
+    # Whose layers are predicted: the study's teacher, or what has become of it in a row.
+    teacher: str = "teacher"
 
     @model_validator(mode="before")
     @classmethod
@@ -126,6 +128,9 @@ def check_study(study: StudyRecipe, where: str) -> None:
         recipe = tuning(study, name)
         if row.init not in known:
             raise RecipeError(f"{where}: row {name} begins with {row.init!r}, which the study does not distil")
+        taught_by = study.distil[row.init].teacher if row.init in study.distil else "teacher"
+        if taught_by not in known - study.distil.keys():
+            raise RecipeError(f"{where}: {row.init} is taught by {taught_by!r}, which is no row above {name}")
         if recipe.mode != "masks":
             known.add(name)
         if row.together:
@@ -173,8 +178,11 @@ def only_rows(
         if name not in study.rows:
             raise RecipeError(f"there is no row {name!r}; there are {', '.join(study.rows)}")
         wanted.add(name)
-        if study.rows[name].init in study.rows:
-            queue.append(study.rows[name].init)
+        init = study.rows[name].init
+        # A row may begin with another one, or with what another one has taught.
+        before = study.distil[init].teacher if init in study.distil else init
+        if before in study.rows:
+            queue.append(before)
     rows = {name: row for name, row in study.rows.items() if name in wanted}
     begun = {row.init for row in rows.values()}
     distil = {name: variant for name, variant in study.distil.items() if name in begun}

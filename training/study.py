@@ -125,19 +125,25 @@ class _Made:
         self._seconds = {"teacher": 0.0}
         self._passes = {"teacher": 0}
         self._failed: dict[str, str] = {}
-        for name in study.distil:
-            setting.say(f"distilling {name}")
-            folder = setting.folder / name
-            try:
-                recipe = self._at(distillation(study, name, setting.budget))
-                distil(recipe, folder, setting.cache, teacher=str(teacher))
-            # As for a row.
-            except Exception as error:
-                setting.say(f"{name} failed: {error}")
-                self._failed[name] = f"{type(error).__name__}: {error}"
-                continue
-            self._folders[name], self._seconds[name] = folder / "model", seconds_taken(folder)
-            self._passes[name] = recipe.schedule.steps
+        for name, variant in study.distil.items():
+            if variant.teacher == "teacher":
+                self._distil(name)
+
+    def _distil(self, name: str) -> None:
+        setting = self._setting
+        setting.say(f"distilling {name}")
+        folder = setting.folder / name
+        try:
+            recipe = self._at(distillation(self._study, name, setting.budget))
+            teacher = self._folders[self._study.distil[name].teacher]
+            distil(recipe, folder, setting.cache, teacher=str(teacher))
+        # As for a row.
+        except Exception as error:
+            setting.say(f"{name} failed: {error}")
+            self._failed[name] = f"{type(error).__name__}: {error}"
+            return
+        self._folders[name], self._seconds[name] = folder / "model", seconds_taken(folder)
+        self._passes[name] = recipe.schedule.steps
 
     def row(self, name: str) -> tuple[Bundle, list[Figure], dict[str, list[tuple[float, float]]]]:
         """Trained and measured. Raises TrainingError, StoreError."""
@@ -147,6 +153,8 @@ class _Made:
         if row.bundle is not None:
             bundle = LocalStore(builtin_store_path()).resolve(row.bundle)
         else:
+            if row.init in self._study.distil and row.init not in self._folders:
+                self._distil(row.init)
             if row.init not in self._folders:
                 raise RunError(f"{row.init} failed: {self._failed.get(row.init, 'it is a row that failed')}")
             recipe = self._at(tuning(self._study, name, setting.budget))

@@ -17,16 +17,19 @@ from service.errors import (
     AudioTooShortError,
     DeadlineExceededError,
     ForbiddenError,
+    HeadTooLargeError,
     InferenceFailedError,
     InvalidRequestError,
     InvalidSamplesError,
     MalformedBodyError,
     ModelMismatchError,
+    ModelUnusableError,
     NoSpeechError,
     NotFoundError,
     OverloadedError,
     ProfileIncompleteError,
     RateLimitedError,
+    RequestTooSlowError,
     ServiceError,
     StorageUnavailableError,
     UnauthenticatedError,
@@ -46,12 +49,15 @@ AUDIO_ERRORS: tuple[type[ServiceError], ...] = (
     OverloadedError,
     DeadlineExceededError,
     InferenceFailedError,
+    RequestTooSlowError,
+    ModelUnusableError,
 )
 CALLER_ERRORS: tuple[type[ServiceError], ...] = (
     UnauthenticatedError,
     ForbiddenError,
     RateLimitedError,
     InvalidRequestError,
+    HeadTooLargeError,
 )
 PROFILE_ERRORS: tuple[type[ServiceError], ...] = (StorageUnavailableError, DeadlineExceededError)
 # Of any route that holds one clip against profiles.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 from typing import Annotated, Literal
 
@@ -10,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 from fastapi import APIRouter, Query, Request, Response
 
-from service.batching import Priority
 from service.engine import Outputs, Part
 from service.errors import InvalidSamplesError, NoSpeechError, NotFoundError
 from service.intake import Clip, deadline_of, receive_clips
+from service.queueing import Priority
 from service.routes.common import (
     AUDIO_ERRORS,
     Infers,
@@ -25,6 +24,7 @@ from service.routes.common import (
     runtime_of,
 )
 from service.routes.direct import AudioRoute
+from service.runtime import together
 from service.schemas import EmbeddingEntry, EmbeddingsAnswer
 from service.speech import measure
 
@@ -80,7 +80,7 @@ async def embed(
             coded = values.tolist() if encoding == "float" else _base64(values)
             return EmbeddingEntry(index=index, embedding=coded, frames=frames, duration_s=waveform.duration_s)
 
-    entries = await asyncio.gather(*(one(index, clip) for index, clip in enumerate(clips)))
+    entries = await together(one(index, clip) for index, clip in enumerate(clips))
     info = engine.manifest
     body = EmbeddingsAnswer(
         model=model_info(engine),

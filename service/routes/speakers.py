@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
 from typing import Annotated, Literal
@@ -36,7 +35,7 @@ from service.routes.common import (
     runtime_of,
 )
 from service.routes.direct import AudioRoute
-from service.runtime import Runtime
+from service.runtime import Runtime, together
 from service.schemas import Claim, EnrolAnswer, EnrolmentClip, ModelInfo, SpeakerAnswer, SpeakersAnswer, VerifyAnswer
 from service.speakers import scoring
 from service.speakers.enrolment import Candidate, judge
@@ -94,7 +93,7 @@ async def enrol(request: Request, caller: Enrols, speaker_id: SpeakerId, model: 
     deadline = deadline_of(request, runtime.settings)
     engine = await runtime.engine_for(model, deadline)
     clips = await receive_clips(request, runtime.settings, clock, deadline, at_most=runtime.settings.clips_per_request)
-    candidates = await asyncio.gather(*(_candidate(runtime, engine, clip, clock, deadline) for clip in clips))
+    candidates = await together(_candidate(runtime, engine, clip, clock, deadline) for clip in clips)
 
     def join() -> tuple[list[EnrolmentClip], Profile | None]:
         profile = runtime.profiles.get(caller.tenant, speaker_id)

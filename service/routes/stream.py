@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import Sequence
 from typing import Annotated
@@ -25,7 +26,6 @@ from service.audio import (
     Waveform,
 )
 from service.auth import BEARER_PROTOCOL
-from service.batching import Priority
 from service.engine import Engine
 from service.errors import (
     DeadlineExceededError,
@@ -35,16 +35,22 @@ from service.errors import (
     StreamIdleError,
 )
 from service.keywords import Detection
+from service.queueing import Priority
 from service.routes.common import ModelParameter, may_infer, model_info, runtime_of
 from service.routes.keywords import KeywordsParameter, ThresholdParameter, allowed_labels, rounded
-from service.runtime import Runtime
+from service.runtime import Runtime, together
 from service.streaming import KeywordStream, Pace, Window
 from service.timing import StageClock
 
+log = logging.getLogger(__name__)
 router = APIRouter(prefix="/v1/keywords", tags=["keywords"])
 
-# A stream further ahead of the clock than this is a file, not a microphone, and takes its turn among clips.
+# A stream further ahead of the clock than this is a file, not a microphone, and takes its turn among clips; further
+# than that, it is not read until the clock has caught up. Microphones' buffers hold less than either.
 AHEAD_S = 2.0
+FURTHEST_AHEAD_S = 10.0
+# Microphones send 50 messages of 20 ms a second; more than this on average are not read.
+MESSAGES_PER_S = 200
 NORMAL, UNSUPPORTED, POLICY, INTERNAL, TRY_LATER = 1000, 1003, 1008, 1011, 1013
 RETRY_AFTER_S = 5.0
 
@@ -59,19 +65,24 @@ async def stream(
 ) -> None:
     """Binary messages of signed 16-bit little-endian mono PCM, of any size; detections as JSON."""
     runtime = runtime_of(websocket)
-    if runtime.streams >= runtime.settings.max_streams or runtime.draining:
+    if runtime.draining:
+        raise OverloadedError("the service is shutting down", retry_after_s=RETRY_AFTER_S)
+    if runtime.streams >= runtime.settings.max_streams:
         raise OverloadedError(f"{runtime.streams} streams are open", retry_after_s=RETRY_AFTER_S)
-    engine = await runtime.engine_for(model, time.monotonic() + runtime.settings.request_timeout_s)
-    one = _Stream(websocket, runtime, engine, rate, allowed_labels(engine, keywords), threshold)
     with runtime.counting_stream():
+        engine = await runtime.engine_for(model, time.monotonic() + runtime.settings.request_timeout_s)
+        one = _Stream(websocket, runtime, engine, rate, allowed_labels(engine, keywords), threshold)
         offered = websocket.scope.get("subprotocols", [])
         await websocket.accept(BEARER_PROTOCOL if BEARER_PROTOCOL in offered else None)
         try:
             await one.run()
         except WebSocketDisconnect:
             pass
-        except ServiceError as error:
-            await _end_with(websocket, runtime, error)
+        except ServiceError as failure:
+            await _end_with(websocket, runtime, failure)
+        except Exception:
+            log.exception("a stream failed")
+            await _end_with(websocket, runtime, ServiceError("the service failed here; the failure is logged"))
 
 
 class _Stream:
@@ -100,13 +111,16 @@ class _Stream:
         )
         self._half_sample = b""
         self._samples = 0
+        self._messages = 0
         self._began = time.monotonic()
 
     async def run(self) -> None:
         """Until the client ends it. Raises WebSocketDisconnect, ServiceError."""
         await self._send({"type": "ready", "model": model_info(self._engine).model_dump(), "rate": self._rate_hz})
         while True:
+            await self._keep_pace()
             message = await self._receive()
+            self._messages += 1
             if isinstance(message, bytes):
                 await self._spot(list(self._keywords.push(self._heard(message))))
             elif message == "ping":
@@ -116,7 +130,15 @@ class _Stream:
         rest = self._resample(np.zeros(0, dtype=np.float32), last=True)
         await self._spot([*self._keywords.push(rest), *self._keywords.flush()])
         await self._send({"type": "end", "duration_s": round(self._samples / self._rate_hz, 3)})
-        await self._websocket.close(NORMAL)
+        await _close(self._websocket, self._runtime, NORMAL)
+
+    async def _keep_pace(self) -> None:
+        """Not read faster than people speak, so that no stream takes more than its share; and other tasks have their
+        turn between two messages, however many came at once."""
+        elapsed_s = time.monotonic() - self._began
+        ahead_s = self._samples / self._rate_hz - elapsed_s
+        early_s = self._messages / MESSAGES_PER_S - elapsed_s
+        await asyncio.sleep(max(0.0, ahead_s - FURTHEST_AHEAD_S, early_s - 1.0))
 
     async def _receive(self) -> bytes | str:
         """Audio, "ping" or "end"."""
@@ -162,13 +184,9 @@ class _Stream:
         priority = Priority.STREAM if ahead_s < AHEAD_S else Priority.CLIP
         deadline = came + self._runtime.settings.request_timeout_s
         clock = StageClock(self._runtime.metrics)
-        outputs = await asyncio.gather(
-            *(
-                self._runtime.infer(
-                    self._engine, Waveform(window.samples), clock, deadline, "keywords", priority=priority
-                )
-                for window in windows
-            )
+        outputs = await together(
+            self._runtime.infer(self._engine, Waveform(window.samples), clock, deadline, "keywords", priority=priority)
+            for window in windows
         )
         for window, output in zip(windows, outputs, strict=True):
             for event in self._keywords.settle(window, output.keyword_logits):
@@ -201,7 +219,17 @@ async def _end_with(websocket: WebSocket, runtime: Runtime, error: ServiceError)
         code = UNSUPPORTED
     try:
         await _send(websocket, runtime, {"type": "error", "code": error.code, "detail": error.detail})
-        await websocket.close(code)
+        await _close(websocket, runtime, code)
     except (ServiceError, WebSocketDisconnect, RuntimeError):
-        # It is gone, or does not read: leaving this coroutine drops the connection.
+        # It is gone, or does not read: `protocol.cut_off_unread` ends the connection.
         return
+
+
+async def _close(websocket: WebSocket, runtime: Runtime, code: int) -> None:
+    """Raises DeadlineExceededError where the client does not read."""
+    limit_s = runtime.settings.stream_send_timeout_s
+    try:
+        async with asyncio.timeout(limit_s):
+            await websocket.close(code)
+    except TimeoutError as error:
+        raise DeadlineExceededError(f"the client took no message for {limit_s:g} s") from error

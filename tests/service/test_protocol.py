@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from service.protocol import MOST_HEAD_BYTES
-from tests.conftest import RunningService, encoded, start_service, voice
+from tests.conftest import RunningService, encoded, start_service, stop_service, voice
 
 HEAD = b"POST /v1/keywords/detect HTTP/1.1\r\nHost: x\r\nContent-Type: audio/wav\r\nContent-Length: 100000\r\n\r\n"
 PATIENCE_S = 60.0
@@ -120,6 +120,75 @@ def test_whoever_does_not_read_is_cut_off(tmp_path: Path, started: list[RunningS
         # More than the kernel would take off the service's hands.
         assert int(start.lower().split(b"content-length:")[1].split()[0]) > 2**23
         until(lambda: connections(service) == 0)
+
+
+UPGRADE = (
+    b"GET /v1/keywords/stream HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
+)
+
+
+def test_a_handshake_that_breaks_the_rules_is_answered_and_ends_nothing_else(
+    tmp_path: Path, started: list[RunningService]
+) -> None:
+    service = start_service(tmp_path)
+    started.append(service)
+    with dial(service) as connection:
+        # More than websockets takes, less than we do.
+        connection.sendall(UPGRADE + b"X-Long: " + b"a" * 9000 + b"\r\n\r\n")
+        answer = b""
+        while part := connection.recv(65_536):
+            answer += part
+    assert answer.startswith(b"HTTP/1.1 4")
+    with dial(service) as connection:
+        connection.sendall(UPGRADE + b"\r\n")
+        assert connection.recv(65_536).startswith(b"HTTP/1.1 101")
+        assert stop_service(service) == 0
+    assert "Traceback" not in service.log.read_text()
+
+
+@pytest.mark.parametrize("after", [b"\r\n", b"\r\n\r\n"])
+def test_an_empty_line_after_an_answer_keeps_no_connection(service: RunningService, after: bytes) -> None:
+    with dial(service) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        answer = b""
+        while not answer.endswith(b'"ok"}'):
+            answer += connection.recv(65_536)
+        connection.sendall(after)
+        assert connection.recv(65_536) == b""
+
+
+def test_a_body_after_its_answer_gets_no_second_one(service: RunningService) -> None:
+    with dial(service) as connection:
+        connection.sendall(HEAD.replace(b"audio/wav", b"text/html"))
+        answer = connection.recv(65_536)
+        connection.sendall(bytes(50_000))
+        while part := connection.recv(65_536):
+            answer += part
+    assert answer.count(b"HTTP/1.1") == 1
+    assert problem(answer) == (415, "unsupported_media_type")
+
+
+def test_whoever_pings_and_does_not_read_is_cut_off(tmp_path: Path, started: list[RunningService]) -> None:
+    service = start_service(tmp_path, send_timeout_s="0.5")
+    started.append(service)
+    pings = (bytes([0x89, 0x80 | 125]) + bytes(4) + bytes(125)) * 1000
+    with dial(service) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.sendall(UPGRADE + b"\r\n")
+        connection.settimeout(0.2)
+
+        def gone() -> bool:
+            try:
+                connection.sendall(pings)
+            except TimeoutError:
+                pass
+            except OSError:
+                return True
+            return connections(service) == 0
+
+        until(gone)
+    assert service.get("/healthz").status_code == 200
 
 
 def connections(service: RunningService) -> int:

@@ -175,13 +175,16 @@ def study_file(made_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         "name": "made",
         "title": "Made voices",
         "teacher": str(folder / "teacher.yaml"),
-        "distil": {"distilled": str(folder / "distil.yaml")},
+        "distil": {
+            "distilled": str(folder / "distil.yaml"),
+            "taught": {"recipe": str(folder / "distil.yaml"), "teacher": "reference"},
+        },
         "finetune": str(folder / "finetune.yaml"),
         "student": "keywords",
         "rows": {
             "reference": {"title": "reference"},
             "keywords": {"title": "keywords only", "init": "distilled", "changes": {"tasks": ["keywords"]}},
-            "timed": {"title": "timed", "init": "distilled", "timed_only": True},
+            "timed": {"title": "timed", "init": "taught", "timed_only": True},
             "impossible": {"title": "too many layers", "changes": {"layers": 99}},
         },
     }
@@ -220,7 +223,8 @@ def test_a_study_is_trained_measured_and_not_done_twice(study_file: Path, tmp_pa
     timed = outcome.rows["timed"]
     assert not {figure.name for figure in timed.figures} & {"keywords top-1", "sv EER"}
     assert timed.value("one second of audio, one thread") > 0
-    losses = losses_of(tmp_path / "run" / "distilled")
+    losses = losses_of(tmp_path / "run" / "taught")
+    assert losses != losses_of(tmp_path / "run" / "distilled")
     assert timed.value("distillation loss, first tenth") == losses[0]
     assert timed.value("distillation loss, last tenth") == losses[-1]
     again = run()
@@ -245,6 +249,13 @@ def test_changes_reach_into_sections(study_file: Path, tmp_path: Path) -> None:
         ({"rows": {"reference": {"title": "r", "init": "nobody"}}, "student": "reference"}, "does not distil"),
         ({"rows": {"reference": {"title": "r", "changes": {"mode": "melted"}}}, "student": "reference"}, "melted"),
         ({"reference": "nobody"}, "no row 'nobody'"),
+        (
+            {
+                "rows": {"early": {"title": "e", "init": "taught"}, "reference": {"title": "r"}},
+                "student": "early",
+            },
+            "taught by 'reference', which is no row above early",
+        ),
         ({"marks": {"smaller": 75}, "student": ""}, "marks need a row"),
         ({"rows": {"distilled": {"title": "r"}}, "reference": "distilled", "student": "distilled"}, "is both a row"),
         ({"teacher": "/nowhere.yaml"}, "nowhere"),
