@@ -278,6 +278,12 @@ def test_the_five_papers_are_of_one_teacher() -> None:
     assert {name for section in sections for name in section.rows} == set(joined.rows)
 
 
+@pytest.mark.parametrize("name", ["kerpicci", "full-size"])
+def test_the_studies_of_the_repository_are_in_order(name: str) -> None:
+    study = load_study(REPOSITORY / "training/recipes" / f"{name}.yaml")
+    assert study.reference in study.rows
+
+
 def test_everyone_gets_the_same_budget() -> None:
     """A step that does both takes the student through two batches."""
     joined, _ = join_studies([load_study(path) for path in PAPERS])
