@@ -30,6 +30,7 @@ class Models:
         default: str,
         *,
         load: Load,
+        load_on_request: bool,
         most_bytes: int,
         became_default: Changed,
         unloaded: Changed,
@@ -37,6 +38,7 @@ class Models:
         self._store = store
         self._reference = default
         self._load = load
+        self._load_on_request = load_on_request
         self._most_bytes = most_bytes
         self._became_default = became_default
         self._unloaded = unloaded
@@ -73,7 +75,10 @@ class Models:
         """The engine that a `model` parameter names, loaded if need be. Raises NotFoundError, ModelUnusableError."""
         if reference is None:
             return self.default
-        return await self._ensure(await self._resolve(reference))
+        bundle = await self._resolve(reference)
+        if not self._load_on_request and not self.is_loaded(bundle.digest):
+            raise NotFoundError(f"{reference} is not loaded")
+        return await self._ensure(bundle)
 
     async def move_alias(self, name: str, alias: str, version: int) -> Engine:
         """Point an alias at a version that loads, and serve by it from the next request on.

@@ -93,6 +93,7 @@ class Runtime:
             self.store,
             settings.model,
             load=self._load,
+            load_on_request=settings.load_on_request,
             most_bytes=settings.models_memory_bytes,
             became_default=self._became_default,
             unloaded=self._unloaded,

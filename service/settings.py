@@ -39,6 +39,7 @@ class Settings(BaseSettings):
     database_url: str | None = Field(default=None, repr=False, description="SQLAlchemy URL in place of SQLite.")
     models_dir: Path = Field(default_factory=builtin_store_path, description="Folder of the model store.")
     model: str = Field(default="sotto-edge", description="Default model: name, name@version or name@alias.")
+    load_on_request: bool = Field(default=True, description="Load what `model` names; else only what aliases move to.")
     models_memory_bytes: int = Field(
         default=2**28, ge=2**20, description="Beyond this (an estimate), models not used lately are unloaded."
     )

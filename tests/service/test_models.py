@@ -126,6 +126,14 @@ def test_models_beyond_the_limit_are_unloaded_least_recently_used_first(store: L
         assert loaded(client) == [1, 3]
 
 
+def test_where_requests_load_nothing_an_alias_still_does(store: LocalStore) -> None:
+    with TestClient(create_app(settings(store, load_on_request=False))) as client:
+        asked = client.post(DETECT, params={"model": f"{NAME}@2"}, content=CLIP, headers=WAV)
+        assert (asked.status_code, asked.json()["code"]) == (404, "not_found")
+        assert client.post(ALIAS, json={"version": 2}).status_code == 200
+        assert version(client, model=f"{NAME}@2") == 2
+
+
 def test_an_alias_moved_by_someone_else_is_followed(store: LocalStore) -> None:
     with TestClient(create_app(settings(store, models_refresh_s=0.01))) as client:
         assert version(client) == 1

@@ -176,6 +176,14 @@ def test_a_message_too_large_ends_the_stream(service: RunningService) -> None:
     assert connection.close_code == 1009
 
 
+def test_without_keys_pages_of_other_origins_are_refused(service: RunningService) -> None:
+    with pytest.raises(InvalidStatus) as refused, connect(url(service), origin="http://elsewhere.example"):
+        pass
+    assert refused.value.response.status_code == 403
+    with connect(url(service), origin=service.url) as connection:
+        assert json.loads(connection.recv(timeout=PATIENCE_S))["type"] == "ready"
+
+
 def test_only_so_many_streams_at_once(tmp_path: Path, started: list[RunningService]) -> None:
     service = start_service(tmp_path, max_streams="1")
     started.append(service)
