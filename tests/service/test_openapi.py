@@ -138,7 +138,7 @@ def test_every_reference_resolves(document: dict[str, Any]) -> None:
 
 def test_every_audio_route_names_its_media_types(document: dict[str, Any]) -> None:
     for method, path in OPERATIONS:
-        if method == "post":
+        if method == "post" and "/aliases/" not in path:
             body = document["paths"][path]["post"]["requestBody"]["content"]
             wanted = {
                 "audio/wav",
