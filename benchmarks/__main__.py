@@ -64,7 +64,8 @@ def write(title: str, lines: list[str]) -> None:
     text = RESULTS.read_text(encoding="utf-8") if RESULTS.is_file() else ""
     heads = list(SECTION.finditer(text))
     ends = [*(head.start() for head in heads[1:]), len(text)]
-    sections = {head[1]: text[head.start() : end].rstrip() for head, end in zip(heads, ends, strict=True)}
+    # Without any section yet, there is one end and no beginning.
+    sections = {head[1]: text[head.start() : end].rstrip() for head, end in zip(heads, ends, strict=False)}
     sections[lines[0].removeprefix("## ")] = "\n".join(lines)
     RESULTS.write_text("\n\n".join([title.rstrip(), *sections.values()]) + "\n", encoding="utf-8")
 
