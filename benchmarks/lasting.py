@@ -148,8 +148,8 @@ def _trickling(port: int, count: int) -> Iterator[Callable[[], int]]:
         while not stop.is_set():
             round_began = time.monotonic()
             for number in range(count):
+                connection = connections[number]
                 try:
-                    connection = connections[number]
                     if connection is None:
                         connection = connections[number] = socket.create_connection(("127.0.0.1", port), timeout=1)
                         places[number] = 0
@@ -161,8 +161,8 @@ def _trickling(port: int, count: int) -> Iterator[Callable[[], int]]:
                 except BlockingIOError:
                     continue
                 except OSError:
-                    if connections[number] is not None:
-                        connections[number].close()  # type: ignore[union-attr]  # checked
+                    if connection is not None:
+                        connection.close()
                     connections[number] = None
             stop.wait(max(0.0, 1.0 - (time.monotonic() - round_began)))
 

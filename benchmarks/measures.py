@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -22,6 +21,7 @@ from model_store import Bundle
 from model_store.graph import part_of
 from model_store.inference import open_session
 from service.engine import PARTS, Part
+from service.probe import calls_per_s
 
 BARE_LOOP_S = 5.0
 OFFERED = (50, 100, 200, 300, 400, 500, 600)
@@ -212,20 +212,8 @@ def _bare_loop(bundle: Bundle, part: Part) -> float:
     """Graph calls per second with one caller a core, one session, no HTTP and no decoding."""
     session = open_session(part_of(bundle.read(bundle.manifest.graph.file), PARTS[part]), threads=1)
     feeds = {"waveform": np.full((1, RATE_HZ), 0.01, np.float32), "lengths": np.array([RATE_HZ], np.int64)}
-    counts = [0] * CPUS
-    end = time.perf_counter() + BARE_LOOP_S
-
-    def work(index: int) -> None:
-        while time.perf_counter() < end:
-            session.run(list(PARTS[part]), feeds)
-            counts[index] += 1
-
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(CPUS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return sum(counts) / BARE_LOOP_S
+    session.run(None, feeds)
+    return calls_per_s(session, feeds, CPUS, BARE_LOOP_S)
 
 
 def _wrk(server: Server, file: Path, folder: Path) -> list[float]:

@@ -22,6 +22,7 @@ from service.errors import (
     NotFoundError,
     Problem,
     ServiceError,
+    problem_response,
 )
 from service.middleware import RequestFrame
 from service.routes import analyze, embeddings, identify, keywords, models, ops, speakers, stream
@@ -92,9 +93,7 @@ async def _on_service_error(request: HTTPConnection, error: Exception) -> Respon
     """Also the answer to a WebSocket that was not accepted yet: then it is a plain HTTP response."""
     assert isinstance(error, ServiceError)
     runtime_of(request).metrics.rejects.labels(error.code).inc()
-    response = JSONResponse(
-        error.problem(request.url.path), error.status, headers=error.headers(), media_type=PROBLEM_JSON
-    )
+    response = problem_response(error, request.url.path)
     if isinstance(request, WebSocket):
         await request.send_denial_response(response)
     return response

@@ -125,6 +125,11 @@ def _sniff(data: bytes) -> str | None:
     return None
 
 
+def pcm_samples(data: bytes, *, start: int = 0, count: int = -1) -> Samples:
+    """Signed 16-bit little-endian samples from byte `start` on, `count` of them or all, as float32 in [-1, 1)."""
+    return np.frombuffer(data, dtype="<i2", count=count, offset=start).astype(np.float32) * np.float32(1 / 32768)
+
+
 def _plain_samples(data: bytes, longest_s: float) -> Samples | None:
     """Of the WAV file that most clients send, 16-bit mono at our own rate with nothing between head and samples; None
     for any other. Opening a file in libsndfile takes longer than all else that a clip needs on the event loop."""
@@ -136,8 +141,7 @@ def _plain_samples(data: bytes, longest_s: float) -> Samples | None:
         return None
     if size // 2 > longest_s * SAMPLE_RATE_HZ:
         raise AudioTooLargeError(f"more than {longest_s:g} s of audio")
-    integers = np.frombuffer(data, dtype="<i2", count=size // 2, offset=_PLAIN_HEAD_BYTES)
-    return integers.astype(np.float32) * np.float32(1 / 32768)
+    return pcm_samples(data, start=_PLAIN_HEAD_BYTES, count=size // 2)
 
 
 def _decode_container(data: bytes, longest_s: float) -> Samples:
@@ -221,9 +225,7 @@ def _decode_pcm(data: bytes, content_type: str, longest_s: float) -> Samples:
         raise UndecodableAudioError("a single byte is no 16-bit sample")
     if len(data) // 2 > longest_s * rate_hz:
         raise AudioTooLargeError(f"more than {longest_s:g} s of audio")
-    integers = np.frombuffer(data, dtype="<i2", count=len(data) // 2)
-    samples = integers.astype(np.float32) / np.float32(32768)
-    return _resample(iter([samples]), rate_hz, longest_s)
+    return _resample(iter([pcm_samples(data, count=len(data) // 2)]), rate_hz, longest_s)
 
 
 def _check_finite(block: Samples) -> None:

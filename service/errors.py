@@ -33,6 +33,7 @@ import math
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
+from starlette.responses import JSONResponse
 
 PROBLEM_JSON = "application/problem+json"
 # How routes document their errors; `service.app` puts the schema there.
@@ -92,6 +93,11 @@ class ServiceError(Exception):
         if self.retry_after_s is None:
             return {}
         return {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
+
+
+def problem_response(error: ServiceError, instance: str) -> JSONResponse:
+    """The error as a response; also an ASGI application."""
+    return JSONResponse(error.problem(instance), error.status, headers=error.headers(), media_type=PROBLEM_JSON)
 
 
 class UndecodableAudioError(ServiceError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 import re
@@ -11,7 +10,7 @@ import time
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import PROBLEM_JSON, ServiceError
+from service.errors import ServiceError, problem_response
 from service.metrics import Metrics
 from service.protocol import ABANDONED
 from service.timing import StageClock
@@ -60,7 +59,8 @@ class RequestFrame:
             log.exception("request %s failed", request_id)
             if started:
                 raise
-            await _send_problem(send_framed, scope["path"])
+            error = ServiceError("the service failed on this request; the failure is logged")
+            await problem_response(error, scope["path"])(scope, receive, send_framed)
         finally:
             method = scope["method"] if scope["method"] in _METHODS else "other"
             self._metrics.request_duration.labels(_route(scope), method, str(status)).observe(
@@ -72,10 +72,3 @@ def _route(scope: Scope) -> str:
     """The route's template: paths as called are unbounded, and hold speakers' ids."""
     route = scope.get("route")
     return getattr(route, "path", "unmatched")
-
-
-async def _send_problem(send: Send, path: str) -> None:
-    body = json.dumps(ServiceError("the service failed on this request; the failure is logged").problem(path)).encode()
-    headers = [(b"content-type", PROBLEM_JSON.encode()), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 500, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 
 from model_store import Bundle, BundleError, LocalStore, ModelNotFoundError, StoreError
 from service.engine import Engine
 from service.errors import ModelUnusableError, NotFoundError
+
+# After a bundle did not load.
+TRY_AGAIN_S = 60.0
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +50,9 @@ class Models:
         self._default: Engine | None = None
         # Loading takes all of a CPU for a while, so one model at a time.
         self._loading = asyncio.Lock()
-        # Digests of bundles that did not pass their checks: a bundle never changes, so neither will that.
-        self._unusable: dict[str, str] = {}
+        # Digest -> why a bundle did not load, and when it may be tried again: checks cost a core for a while, and what
+        # failed may have been the disk.
+        self._unusable: dict[str, tuple[str, float]] = {}
         self._refreshing = asyncio.Lock()
         self._coming: dict[str, asyncio.Task[Engine]] = {}
 
@@ -80,12 +85,12 @@ class Models:
             raise NotFoundError(f"{reference} is not loaded")
         return await self._ensure(bundle)
 
-    async def move_alias(self, name: str, alias: str, version: int) -> Engine:
+    async def move_alias(self, name: str, alias: str, version: int) -> None:
         """Point an alias at a version that loads, and serve by it from the next request on.
 
         Raises NotFoundError, ModelUnusableError: then nothing has changed.
         """
-        engine = await self._ensure(await self._resolve(f"{name}@{version}"))
+        await self._ensure(await self._resolve(f"{name}@{version}"))
         try:
             await asyncio.to_thread(self._store.set_alias, name, alias, version)
         except StoreError as error:
@@ -93,7 +98,6 @@ class Models:
         except OSError as error:
             raise ModelUnusableError(f"the store cannot be written: {error.strerror or error}") from error
         await self.refresh()
-        return engine
 
     async def refresh(self) -> None:
         """Serve what the default's name means now: someone may have moved its alias. A version that does not
@@ -119,8 +123,9 @@ class Models:
         engine = self._touched(digest)
         if engine is not None:
             return engine
-        if digest in self._unusable:
-            raise ModelUnusableError(self._unusable[digest])
+        reason, again = self._unusable.get(digest, ("", 0.0))
+        if time.monotonic() < again:
+            raise ModelUnusableError(reason)
         task = self._coming.get(digest)
         if task is None:
             task = self._coming[digest] = asyncio.create_task(self._load_beside(bundle))
@@ -128,7 +133,7 @@ class Models:
         try:
             return await asyncio.shield(task)
         except StoreError as error:
-            self._unusable[digest] = str(error)
+            self._unusable[digest] = str(error), time.monotonic() + TRY_AGAIN_S
             raise ModelUnusableError(str(error)) from error
 
     async def _load_beside(self, bundle: Bundle) -> Engine:

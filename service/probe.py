@@ -4,15 +4,17 @@ of cores that a machine shows nor ONNX Runtime's defaults tell what is fast in t
 
 from __future__ import annotations
 
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from model_store.inference import open_session
+from model_store.inference import Session, open_session
 from service.audio import SAMPLE_RATE_HZ
+
+Feeds = dict[str, npt.NDArray[np.generic]]
 
 # Of each candidate, in each round: long enough for a hundred calls of a small graph.
 PROBE_S = 0.12
@@ -38,35 +40,35 @@ def choose_threads(graph: bytes, cpus: int) -> Threads:
     side_by_side = (cpus, 1)
     candidates = [side_by_side, (1, 1), (1, cpus)]
     sessions = {intra_op: open_session(graph, threads=intra_op) for _, intra_op in candidates}
-    feeds: dict[str, npt.NDArray[np.generic]] = {
+    feeds: Feeds = {
         "waveform": np.full((1, SAMPLE_RATE_HZ), 0.01, np.float32),
         "lengths": np.array([SAMPLE_RATE_HZ], np.int64),
     }
-    counts, seconds = dict.fromkeys(candidates, 0), dict.fromkeys(candidates, 0.0)
-
     for session in sessions.values():
         session.run(None, feeds)
+    found: dict[tuple[int, int], list[float]] = {candidate: [] for candidate in candidates}
     for _ in range(ROUNDS):
         for callers, intra_op in candidates:
-            session = sessions[intra_op]
-            begin = time.perf_counter()
-            end = begin + PROBE_S
-            done = [0] * callers
-
-            def work(index: int) -> None:
-                while time.perf_counter() < end:  # noqa: B023  joined before the next round binds it anew
-                    session.run(None, feeds)  # noqa: B023
-                    done[index] += 1  # noqa: B023
-
-            threads = [threading.Thread(target=work, args=(index,)) for index in range(callers)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            # A slow graph's last calls end long after they were to.
-            seconds[callers, intra_op] += time.perf_counter() - begin
-            counts[callers, intra_op] += sum(done)
-    rates = {candidate: count / seconds[candidate] for candidate, count in counts.items()}
+            found[callers, intra_op].append(calls_per_s(sessions[intra_op], feeds, callers, PROBE_S))
+    rates = {candidate: sum(values) / ROUNDS for candidate, values in found.items()}
     best = max(rates, key=rates.__getitem__)
     callers, intra_op = best if rates[best] > CLEARLY_BETTER * rates[side_by_side] else side_by_side
     return Threads(callers, intra_op, rates)
+
+
+def calls_per_s(session: Session, feeds: Feeds, callers: int, seconds: float) -> float:
+    """What a session does for so many threads that call it without pause."""
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(callers) as pool:
+        calling = [pool.submit(_call_until, begin + seconds, session, feeds) for _ in range(callers)]
+        done = sum(one.result() for one in calling)
+    # Measured, since a slow graph's last calls end long after they were to.
+    return done / (time.perf_counter() - begin)
+
+
+def _call_until(end: float, session: Session, feeds: Feeds) -> int:
+    count = 0
+    while time.perf_counter() < end:
+        session.run(None, feeds)
+        count += 1
+    return count

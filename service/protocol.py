@@ -7,7 +7,6 @@ connections than `limit_connections`, past which only probes and metrics are ans
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import weakref
 from collections.abc import Callable, Collection
@@ -17,14 +16,13 @@ from typing import TYPE_CHECKING, Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
-from service.errors import PROBLEM_JSON, HeadTooLargeError, OverloadedError, RequestTooSlowError, ServiceError
+from service.errors import HeadTooLargeError, OverloadedError, RequestTooSlowError, ServiceError, problem_response
 from service.metrics import Metrics
 from service.settings import Settings
 
 if TYPE_CHECKING:
     from asyncio import TimerHandle
 
-    from uvicorn._types import ASGIReceiveCallable, ASGISendCallable, Scope
     from websockets.frames import Frame
 
 # Request line and headers; nginx allows as much. A head that comes in one piece may be longer by that piece.
@@ -165,21 +163,22 @@ class _BoundedHttp(HttpToolsProtocol):
         cycle = self.cycle
         silent = cycle is not None and (not cycle.response_complete if self._in_head else cycle.response_started)
         if not silent:
-            body = json.dumps(error.problem("")).encode()
+            response = problem_response(error, "")
+            response.headers["connection"] = "close"
+            response.headers["x-request-id"] = f"{random.getrandbits(128):032x}"
             status = HTTPStatus(error.status)
-            headers = {**_headers(error, body), "x-request-id": f"{random.getrandbits(128):032x}"}
-            lines = [f"HTTP/1.1 {status.value} {status.phrase}", *(f"{name}: {text}" for name, text in headers.items())]
-            self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
+            lines = [f"HTTP/1.1 {status.value} {status.phrase}".encode()]
+            lines += [name + b": " + text for name, text in response.raw_headers]
+            self.transport.write(b"\r\n".join([*lines, b"", bytes(response.body)]))
         self.transport.close()
 
-    async def _refuse_crowd(self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:  # noqa: ARG002
+    async def _refuse_crowd(self, scope: Any, receive: Any, send: Any) -> None:
         """An ASGI application that is always full."""
         error = _crowd()
         self.refused(error.code)
-        body = json.dumps(error.problem(str(scope.get("path", "")))).encode()
-        headers = [(name.encode(), text.encode()) for name, text in _headers(error, body).items()]
-        await send({"type": "http.response.start", "status": error.status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        response = problem_response(error, scope.get("path", ""))
+        response.headers["connection"] = "close"
+        await response(scope, receive, send)
 
 
 class BoundedStream(WebSocketsSansIOProtocol):
@@ -244,8 +243,3 @@ async def cut_off_unread(connections: Collection[Any], timeout_s: float) -> None
 
 def _crowd() -> OverloadedError:
     return OverloadedError("too many connections are open", retry_after_s=RETRY_AFTER_S)
-
-
-def _headers(error: ServiceError, body: bytes) -> dict[str, str]:
-    own = {name.lower(): text for name, text in error.headers().items()}
-    return {"content-type": PROBLEM_JSON, "content-length": str(len(body)), "connection": "close", **own}

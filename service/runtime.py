@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from model_store import Bundle, LocalStore, StoreError, verify_bundle
+from model_store import Bundle, LocalStore, StoreError
 from model_store.graph import part_of
 from model_store.inference import is_available
 from service import audio
@@ -98,7 +98,7 @@ class Runtime:
             became_default=self._became_default,
             unloaded=self._unloaded,
         )
-        self.intra_op_threads = 1
+        self.intra_op_threads = settings.intra_op_threads or 1
         self.streams = 0
         self.started = False
         self.draining = False
@@ -112,8 +112,8 @@ class Runtime:
         cpus = available_cpus()
         if not is_available(settings.provider):
             raise StoreError(f"SOTTO_PROVIDER={settings.provider}: this ONNX Runtime cannot; install onnxruntime-gpu")
-        callers = self._choose_threads(cpus)
         self.models.start()
+        callers = self._choose_threads(cpus)
         self.profiles = ProfileStore(settings.profiles_url)
         self.batcher: Batcher[Job, Outputs] = Batcher(
             _run_jobs,
@@ -253,17 +253,19 @@ class Runtime:
         return engine
 
     def _choose_threads(self, cpus: int) -> int:
-        """Sets threads within a call; returns the number of calls at once. Raises model_store.StoreError."""
+        """Sets threads within a call, of the model that is loaded too; returns the number of calls at once. Raises
+        model_store.StoreError."""
         settings = self.settings
         callers, intra_op = settings.inference_threads, settings.intra_op_threads
         if not callers and not intra_op and settings.provider == "cpu":
-            bundle = self.store.resolve(settings.model)
-            verify_bundle(bundle)
-            graph = part_of(bundle.read(bundle.manifest.graph.file), PARTS["keywords"])
-            chosen = choose_threads(graph, cpus)
+            bundle = self.engine.bundle
+            chosen = choose_threads(part_of(bundle.read(bundle.manifest.graph.file), PARTS["keywords"]), cpus)
             log.info("graph calls at once, threads in each, seconds of audio a second: %s", chosen.rates)
             callers, intra_op = chosen.callers, chosen.intra_op
-        self.intra_op_threads = intra_op or 1
+        if intra_op > self.intra_op_threads:
+            # The first was loaded with one thread, so that it could be asked.
+            self.intra_op_threads = intra_op
+            self.models.start()
         callers = callers or max(1, cpus // self.intra_op_threads)
         self.metrics.inference_threads.set(callers)
         self.metrics.intra_op_threads.set(self.intra_op_threads)

@@ -153,7 +153,7 @@ class _Made:
         if row.bundle is not None:
             bundle = LocalStore(builtin_store_path()).resolve(row.bundle)
         else:
-            if row.init in self._study.distil and row.init not in self._folders:
+            if row.init in self._study.distil and row.init not in self._folders.keys() | self._failed.keys():
                 self._distil(row.init)
             if row.init not in self._folders:
                 raise RunError(f"{row.init} failed: {self._failed.get(row.init, 'it is a row that failed')}")

@@ -23,7 +23,7 @@ from service.routes.common import (
     problems,
     runtime_of,
 )
-from service.routes.direct import AudioRoute
+from service.routes.direct import DirectRoute
 from service.routes.keywords import KeywordsParameter, ThresholdParameter, TopParameter, allowed_labels, spot
 from service.routes.speakers import decide, ready_profile, score_against
 from service.runtime import Runtime
@@ -38,7 +38,7 @@ from service.speakers.store import Profile
 from service.speech import measure
 from service.timing import StageClock
 
-router = APIRouter(prefix="/v1/analyze", tags=["analyze"], route_class=AudioRoute)
+router = APIRouter(prefix="/v1/analyze", tags=["analyze"], route_class=DirectRoute)
 
 Task = Literal["keywords", "speaker", "embedding"]
 # A voice needs this much audio around a keyword to be told from another.

@@ -17,7 +17,7 @@ from service.errors import ServiceError
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
-class AudioRoute(APIRoute):
+class DirectRoute(APIRoute):
     """A request without a query has each parameter at its default: what is left is the path and who calls. With one,
     FastAPI's own handler takes it, and so it does where the path is wrong, to say so. The OpenAPI document comes from
     the same declaration either way.
@@ -72,7 +72,7 @@ class DirectRoutes:
         self._routes = {
             (method, route.path): (route, route.direct)
             for route in routes
-            if isinstance(route, AudioRoute) and route.direct is not None and not route.dependant.path_params
+            if isinstance(route, DirectRoute) and route.direct is not None and not route.dependant.path_params
             for method in route.methods or ()
         }
 

@@ -23,12 +23,12 @@ from service.routes.common import (
     problems,
     runtime_of,
 )
-from service.routes.direct import AudioRoute
+from service.routes.direct import DirectRoute
 from service.runtime import together
 from service.schemas import EmbeddingEntry, EmbeddingsAnswer
 from service.speech import measure
 
-router = APIRouter(prefix="/v1/embeddings", tags=["embeddings"], route_class=AudioRoute)
+router = APIRouter(prefix="/v1/embeddings", tags=["embeddings"], route_class=DirectRoute)
 
 Kind = Literal["speaker", "utterance", "frames"]
 EXAMPLE = {

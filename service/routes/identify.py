@@ -29,14 +29,14 @@ from service.routes.common import (
     problems,
     runtime_of,
 )
-from service.routes.direct import AudioRoute
+from service.routes.direct import DirectRoute
 from service.routes.speakers import MODEL_EXAMPLE, check_ready, figures_of, vector_of, voice_of
 from service.runtime import Runtime
 from service.schemas import IdentifiedCandidate, IdentifyAnswer
 from service.speakers import scoring
 from service.speakers.store import Profile
 
-router = APIRouter(prefix="/v1/speakers", tags=["speakers"], route_class=AudioRoute)
+router = APIRouter(prefix="/v1/speakers", tags=["speakers"], route_class=DirectRoute)
 
 # Profiles that one comparison holds at once, however many there are.
 PAGE = 500

@@ -23,10 +23,10 @@ from service.routes.common import (
     problems,
     runtime_of,
 )
-from service.routes.direct import AudioRoute
+from service.routes.direct import DirectRoute
 from service.schemas import DetectAnswer, DetectionInfo, KeywordEntry, KeywordsAnswer, RankedKeyword
 
-router = APIRouter(prefix="/v1/keywords", tags=["keywords"], route_class=AudioRoute)
+router = APIRouter(prefix="/v1/keywords", tags=["keywords"], route_class=DirectRoute)
 
 KeywordsParameter = Annotated[
     list[str], Query(max_length=500, description="Labels such as `en:computer`; default all.")

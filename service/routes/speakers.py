@@ -34,7 +34,7 @@ from service.routes.common import (
     problems,
     runtime_of,
 )
-from service.routes.direct import AudioRoute
+from service.routes.direct import DirectRoute
 from service.runtime import Runtime, together
 from service.schemas import Claim, EnrolAnswer, EnrolmentClip, ModelInfo, SpeakerAnswer, SpeakersAnswer, VerifyAnswer
 from service.speakers import scoring
@@ -43,7 +43,7 @@ from service.speakers.store import Array, Enrolment, Profile
 from service.speech import SpeechQuality, measure
 from service.timing import StageClock
 
-router = APIRouter(prefix="/v1/speakers", tags=["speakers"], route_class=AudioRoute)
+router = APIRouter(prefix="/v1/speakers", tags=["speakers"], route_class=DirectRoute)
 
 MODEL_EXAMPLE = {"name": "sotto-edge", "version": 1}
 ENROL_EXAMPLE = {

@@ -25,6 +25,7 @@ from service.audio import (
     SAMPLE_RATE_HZ,
     Samples,
     Waveform,
+    pcm_samples,
 )
 from service.auth import BEARER_PROTOCOL
 from service.engine import Engine
@@ -175,7 +176,7 @@ class _Stream:
         data = self._half_sample + message
         whole = len(data) - len(data) % 2
         self._half_sample = data[whole:]
-        samples = np.frombuffer(data, dtype="<i2", count=whole // 2).astype(np.float32) / np.float32(32768)
+        samples = pcm_samples(data, count=whole // 2)
         self._samples += len(samples)
         self._runtime.metrics.audio_seconds.inc(len(samples) / self._rate_hz)
         return self._resample(samples)

@@ -3,110 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
 
 import pytest
 
-from service.batching import MOST_STUCK, UNREADY_S, Batcher
+from service.batching import Batcher
 from service.queueing import (
     AbandonedError,
-    CallFailedError,
     ClosedError,
     ExpiredError,
     Limits,
     Priority,
     QueueFullError,
 )
-
-FAR = 1e9
-
-
-class Observer:
-    def __init__(self) -> None:
-        self.batches: list[int] = []
-        self.failures: list[str] = []
-        self.drops: list[str] = []
-        self.depth = 0
-
-    def batch_run(self, items: int, size: float, area: float, duration_s: float) -> None:  # noqa: ARG002  likewise
-        self.batches.append(items)
-
-    def queue_changed(self, items: int, size: float) -> None:  # noqa: ARG002  likewise
-        self.depth = items
-
-    def worker_failed(self, kind: str) -> None:
-        self.failures.append(kind)
-
-    def dropped(self, reason: str) -> None:
-        self.drops.append(reason)
-
-
-class Gate:
-    """A call that records its batches and waits until it is let through."""
-
-    def __init__(self) -> None:
-        self.open = threading.Event()
-        self.entered = threading.Semaphore(0)
-        self.calls: list[list[float]] = []
-
-    def __call__(self, items: list[float]) -> Sequence[float]:
-        self.calls.append(list(items))
-        self.entered.release()
-        assert self.open.wait(20)
-        return [item * 10 for item in items]
-
-
-@contextmanager
-def batcher(
-    call: Callable[[list[float]], Sequence[float]],
-    *,
-    workers: int = 1,
-    max_batch: int = 4,
-    max_area: float = 100.0,
-    max_waiting: float = 1000.0,
-    hang_s: float = 600.0,
-    clock: Callable[[], float] = time.monotonic,
-) -> Iterator[tuple[Batcher[float, float], Observer]]:
-    observer = Observer()
-    made: Batcher[float, float] = Batcher(
-        call,
-        workers=workers,
-        limits=Limits(max_batch, max_area, max_waiting, hang_s),
-        observer=observer,
-        clock=clock,
-    )
-    try:
-        yield made, observer
-    finally:
-        made.close(5)
-
-
-async def entered(gate: Gate) -> None:
-    assert await asyncio.to_thread(gate.entered.acquire, timeout=20)
-
-
-async def queued(observer: Observer, count: int) -> None:
-    end = time.monotonic() + 20
-    while observer.depth != count:
-        assert time.monotonic() < end, f"{observer.depth} items wait, expected {count}"
-        await asyncio.sleep(0)
-
-
-def submit(
-    made: Batcher[float, float],
-    item: float,
-    deadline: float = FAR,
-    *,
-    group: Hashable = None,
-    priority: Priority = Priority.CLIP,
-) -> asyncio.Task[float]:
-    async def one() -> float:
-        return (await made.submit(item, size=item, deadline=deadline, group=group, priority=priority)).value
-
-    return asyncio.ensure_future(one())
+from tests.service.batchers import FAR, Gate, Observer, batcher, entered, queued, submit
 
 
 def test_an_idle_batcher_runs_a_single_item_at_once() -> None:
@@ -170,48 +80,6 @@ def test_results_reach_the_items_they_belong_to() -> None:
             return list(await asyncio.gather(*(submit(made, 1.0 + index / 1000) for index in range(300))))
 
     assert asyncio.run(main()) == pytest.approx([10 + index / 100 for index in range(300)])
-
-
-def test_a_failing_call_fails_its_items_and_no_others() -> None:
-    def call(items: list[float]) -> list[float]:
-        if 2.0 in items:
-            raise ValueError("boom")
-        return items
-
-    async def main() -> tuple[float, list[str]]:
-        with batcher(call) as (made, observer):
-            with pytest.raises(CallFailedError):
-                await submit(made, 2.0)
-            return await submit(made, 1.0), observer.failures
-
-    assert asyncio.run(main()) == (1.0, ["call"])
-
-
-def test_a_call_that_returns_too_few_results_fails_instead_of_hanging() -> None:
-    async def main() -> None:
-        with batcher(lambda items: items[1:]) as (made, _):
-            await submit(made, 1.0)
-
-    with pytest.raises(CallFailedError):
-        asyncio.run(main())
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_dead_worker_fails_what_it_held_and_is_replaced() -> None:
-    def call(items: list[float]) -> list[float]:
-        if 2.0 in items:
-            raise SystemExit
-        return items
-
-    async def main() -> tuple[float, list[str], bool]:
-        with batcher(call) as (made, observer):
-            with pytest.raises(CallFailedError):
-                await submit(made, 2.0)
-            value = await submit(made, 1.0)
-            return value, observer.failures, made.alive
-
-    # Not ready for a while, so that a probe sees it.
-    assert asyncio.run(main()) == (1.0, ["restart"], False)
 
 
 def test_an_item_whose_deadline_passes_in_the_queue_is_never_run() -> None:
@@ -298,23 +166,6 @@ def test_close_finishes_what_is_queued_and_refuses_the_rest() -> None:
     assert asyncio.run(main()) == [1.0] * 50
 
 
-def test_close_answers_what_a_stuck_worker_keeps_waiting() -> None:
-    async def main() -> None:
-        gate = Gate()
-        made: Batcher[float, float] = Batcher(gate, workers=1, limits=Limits(1, 100, 1000), observer=Observer())
-        stuck = submit(made, 1.0)
-        await entered(gate)
-        waiting = submit(made, 1.0)
-        await asyncio.sleep(0)
-        await asyncio.to_thread(made.close, 0.1)
-        for task in (waiting, stuck):
-            with pytest.raises(ClosedError):
-                await task
-        gate.open.set()
-
-    asyncio.run(main())
-
-
 def test_what_nobody_waits_for_is_not_computed() -> None:
     async def main() -> tuple[list[list[float]], list[str]]:
         gate, gone = Gate(), []
@@ -373,49 +224,3 @@ def test_an_urgent_item_goes_before_one_that_came_a_little_earlier_and_not_befor
         return gate.calls
 
     assert asyncio.run(main()) == [[1.0], [4.0], [3.0], [2.0], [5.0]]
-
-
-def test_a_call_that_hangs_fails_what_it_took_and_others_are_served() -> None:
-    now = [0.0]
-
-    async def main() -> tuple[list[str], list[bool]]:
-        gate = Gate()
-        with batcher(gate, clock=lambda: now[0], hang_s=30.0) as (made, observer):
-            hanging = submit(made, 1.0)
-            await entered(gate)
-            now[0] = 31.0
-            unready = not made.alive
-            with pytest.raises(CallFailedError, match="hung"):
-                await hanging
-            after = submit(made, 2.0)
-            # By another thread: the first is still in its call.
-            await entered(gate)
-            shown = not made.alive
-            gate.open.set()
-            assert await after == 20.0
-            now[0] += UNREADY_S
-            return observer.failures, [unready, shown, made.alive]
-
-    # Not ready for long enough that a probe sees it.
-    assert asyncio.run(main()) == (["hang"], [True, True, True])
-
-
-def test_too_many_hanging_threads_are_beyond_repair() -> None:
-    now = [0.0]
-
-    async def main() -> tuple[list[bool], list[str]]:
-        gate = Gate()
-        seen = []
-        with batcher(gate, clock=lambda: now[0], hang_s=30.0) as (made, observer):
-            for _ in range(MOST_STUCK):
-                seen.append(made.beyond_repair)
-                hanging = submit(made, 1.0)
-                await entered(gate)
-                now[0] += 31.0
-                with pytest.raises(CallFailedError):
-                    await hanging
-            seen.append(made.beyond_repair)
-            gate.open.set()
-        return seen, observer.failures
-
-    assert asyncio.run(main()) == ([False] * MOST_STUCK + [True], ["hang"] * MOST_STUCK)

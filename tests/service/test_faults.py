@@ -57,7 +57,7 @@ def faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
     def faulty(self: Engine, *arguments: object, **options: object) -> object:
         made.calls += 1
         made.now()
-        return run(self, *arguments, **options)  # type: ignore[arg-type]  # as they came
+        return run(self, *arguments, **options)
 
     monkeypatch.setattr(Engine, "run", faulty)
     yield made

@@ -393,22 +393,3 @@ def test_a_clip_does_not_feel_its_neighbours(service: RunningService) -> None:
         assert words == [found["keyword"] for found in before["keywords"]["detections"]]
         for part in ("speaker", "embedding"):
             np.testing.assert_allclose(body[part]["embedding"], before[part]["embedding"], atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("path", "query"),
-    [
-        (DETECT, "top_k=5"),
-        (EMBEDDINGS, "type=speaker&encoding=float"),
-        (ANALYZE, "tasks=keywords&tasks=speaker&tasks=embedding"),
-    ],
-)
-def test_defaults_are_the_same_written_out_and_left_out(service: RunningService, path: str, query: str) -> None:
-    assert answer(service.post(path, COMPUTER)) == answer(service.post(f"{path}?{query}", COMPUTER))
-
-
-@pytest.mark.parametrize("query", ["", "?model=sotto-edge"])
-def test_a_wrong_path_is_told_with_and_without_a_query(service: RunningService, query: str) -> None:
-    refused = service.post(f"/v1/speakers/-/verify{query}", COMPUTER)
-    assert (refused.status_code, refused.json()["code"]) == (422, "invalid_request")
-    assert "speaker_id" in refused.json()["detail"]
