@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.tensorboard import SummaryWriter
+from transformers import PreTrainedModel
 
 from training.errors import RunError
 from training.files import write_json
@@ -114,6 +115,8 @@ def fit(job: Job[BatchT], *, stop_after: int | None = None) -> nn.Module:
     if accelerator.is_main_process:
         _claim(job)
     accelerator.wait_for_everyone()
+    if accelerator.device.type == "cpu":
+        _attend_plainly(job.stage)
     optimizer = _optimizer(job)
     state = _Progress()
     state.restore(job, optimizer)
@@ -320,7 +323,17 @@ def _optimizer(job: Job[Any]) -> torch.optim.AdamW:
         ],
         lr=job.schedule.peak_learning_rate,
         betas=(0.9, 0.98),
+        # One pass over each parameter instead of six: a third of the time on a CPU.
+        fused=True,
     )
+
+
+def _attend_plainly(stage: nn.Module) -> None:
+    """Attention as written. Backward through torch's fused kernel takes a third of a step on a CPU, six times as long
+    as through the plain products: clips are short, so there is no memory to save."""
+    for module in stage.modules():
+        if isinstance(module, PreTrainedModel):
+            module.set_attn_implementation("eager")
 
 
 def _claim(job: Job[Any]) -> None:
