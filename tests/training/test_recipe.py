@@ -226,6 +226,7 @@ def test_shipped_study_has_every_row_of_the_paper_s_table() -> None:
         ("distilled", 0, "full", ("speakers",)),
         # Ours: once the teacher knows the tasks.
         ("from-reference", 0, "full", both),
+        ("taught", 0, "full", both),
     }
     assert len({row.schedule for name, row in rows.items() if name != "longer"}) == 1
 
