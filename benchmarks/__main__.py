@@ -18,6 +18,7 @@ from model_store import LocalStore, builtin_store_path
 
 MEASURES: dict[str, Callable[[Setting], list[str]]] = {
     "overhead": measures.overhead,
+    "profile": measures.profile,
     "peers": measures.peers,
     "idle": measures.idle,
     "mixed": measures.mixed,

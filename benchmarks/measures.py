@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import pstats
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -24,6 +29,8 @@ from service.engine import PARTS, Part
 from service.probe import calls_per_s
 
 BARE_LOOP_S = 5.0
+WARM_UP_S, MEASURE_S = 2.0, 8.0
+PROFILE_ROWS = 14
 OFFERED = (50, 100, 200, 300, 400, 500, 600)
 STREAMS = (50, 100, 150, 200, 250, 300, 400)
 STREAM_DELAY_MS = 300.0
@@ -35,10 +42,13 @@ def overhead(setting: Setting) -> list[str]:
     bare: list[float] = []
     ours: list[Result] = []
     by_wrk: list[float] = []
+    costs: list[tuple[float, float, float]] = []
     for _ in range(ROUNDS):
         bare.append(_bare_loop(setting.bundle, "keywords"))
         with sotto(setting.bundle) as server:
-            ours.append(load(server, [one], clients=CLIENTS))
+            result, cost = _costed_load(server, one)
+            ours.append(result)
+            costs.append(cost)
             by_wrk += _wrk(server, one, setting.folder)
     rate, ceiling = median(result.requests_per_s for result in ours), median(bare)
     failures = sum(result.failures for result in ours)
@@ -50,6 +60,12 @@ def overhead(setting: Setting) -> list[str]:
         f"interleaved rounds: {rate:.0f} requests/s ({failures} failures), {rate / ceiling:.2f} of the {ceiling:.0f} "
         f"graph calls/s of a bare loop with one caller a core on the same part of the graph. Bar: 0.6.",
     ]
+    loop, workers, generator = (median(values) for values in zip(*costs, strict=True))
+    lines.append(
+        f"Milliseconds of a core for each request: {CPUS * 1e3 / ceiling:.2f} in the bare loop; here the event loop "
+        f"takes {loop:.2f}, all other threads {workers:.2f} (the graph call among them), the load generator "
+        f"{generator:.2f}."
+    )
     if by_wrk:
         lines.append(f"wrk, with as many connections: {median(by_wrk):.0f} requests/s.")
     return lines
@@ -129,6 +145,30 @@ def idle(setting: Setting) -> list[str]:
         f"One client, one request at a time: p50 {found.p50_ms:.2f} ms and p99 {found.p99_ms:.2f} ms at the client, "
         "of which "
         f"{found.p50_ms - inference:.2f} ms outside the graph call (bar: 2). Stages, ms: {stages}.",
+    ]
+
+
+def profile(setting: Setting) -> list[str]:
+    """Where the event loop's time goes."""
+    one, path = clip(setting.folder, 1.0, "one"), setting.folder / "profile"
+    with sotto(setting.bundle, profile=path) as server:
+        rate = load(server, [one], clients=CLIENTS).requests_per_s
+        os.kill(server.pid, signal.SIGINT)
+        while not path.is_file() or not path.stat().st_size:
+            time.sleep(0.1)
+        time.sleep(1.0)
+    shares = _by_package(pstats.Stats(str(path)))
+    total = sum(shares.values())
+    rows = [f"| {name} | {seconds / total:.0%} |" for name, seconds in sorted(shares.items(), key=lambda one: -one[1])]
+    return [
+        "## profile",
+        "",
+        f"The main thread under cProfile, which slows it ({rate:.0f} requests/s), by whose code ran, without what "
+        "that called. The loop itself (uvloop) is left out, since cProfile cannot tell it from waiting.",
+        "",
+        "| code | share |",
+        "| --- | ---: |",
+        *rows[:PROFILE_ROWS],
     ]
 
 
@@ -214,6 +254,46 @@ def _bare_loop(bundle: Bundle, part: Part) -> float:
     feeds = {"waveform": np.full((1, RATE_HZ), 0.01, np.float32), "lengths": np.array([RATE_HZ], np.int64)}
     session.run(None, feeds)
     return calls_per_s(session, feeds, CPUS, BARE_LOOP_S)
+
+
+def _costed_load(server: Server, file: Path) -> tuple[Result, tuple[float, float, float]]:
+    """With milliseconds of a core per request: the server's main thread, its others, the load generator."""
+    before, child = server.cpu_s, _children_s()
+    result = load(server, [file], clients=CLIENTS, warm_up_s=WARM_UP_S, measure_s=MEASURE_S)
+    after = server.cpu_s
+    used_s = (after[0] - before[0], after[1] - before[1], _children_s() - child)
+    # Of the warm-up as well, in which nothing is counted.
+    requests = result.requests_per_s * (WARM_UP_S + MEASURE_S)
+    loop, others, generator = (1e3 * seconds / requests for seconds in used_s)
+    return result, (loop, others, generator)
+
+
+def _children_s() -> float:
+    """Of processes that have ended, as the load generator has and the server has not."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _by_package(stats: pstats.Stats) -> dict[str, float]:
+    """Own seconds of each package's functions."""
+    found: dict[str, float] = defaultdict(float)
+    # typeshed keeps this to itself: (file, line, function) -> (calls, recursive ones, own seconds, all seconds, more)
+    entries: dict[tuple[str, int, str], tuple[int, int, float, float, object]] = stats.stats  # type: ignore[attr-defined]
+    for (file, _, function), (_, _, own_s, _, _) in entries.items():
+        parts = Path(file).parts
+        if file == "~":
+            # Written in C. The loop's own run is mostly waiting.
+            if "run_until_complete" in function:
+                continue
+            name = "functions in C"
+        elif "site-packages" in parts:
+            name = parts[parts.index("site-packages") + 1]
+        elif "service" in parts:
+            name = f"service/{parts[-1]}"
+        else:
+            name = "standard library"
+        found[name] += own_s
+    return found
 
 
 def _wrk(server: Server, file: Path, folder: Path) -> list[float]:

@@ -44,14 +44,26 @@ class Server:
         return "application/json" if self.json_body else "audio/wav"
 
     @property
+    def cpu_s(self) -> tuple[float, float]:
+        """Seconds of a core used so far: by the main thread, in which the event loop runs, and by all others."""
+        used = {}
+        for thread in Path(f"/proc/{self.pid}/task").iterdir():
+            # The name may hold spaces, and ends with the last bracket.
+            fields = (thread / "stat").read_text().rpartition(")")[2].split()
+            used[int(thread.name)] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        own = used.pop(self.pid)
+        return own, sum(used.values())
+
+    @property
     def resident_bytes(self) -> int:
         pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 @contextmanager
-def sotto(bundle: Bundle, **settings: str) -> Iterator[Server]:
-    """`sotto serve` on the store that holds the bundle; settings without their prefix."""
+def sotto(bundle: Bundle, *, profile: Path | None = None, **settings: str) -> Iterator[Server]:
+    """`sotto serve` on the store that holds the bundle; settings without their prefix. With `profile`, cProfile
+    follows its main thread and writes there once the service has been interrupted (SIGINT)."""
     port = free_port()
     with tempfile.TemporaryDirectory() as work:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SOTTO_")}
@@ -63,7 +75,8 @@ def sotto(bundle: Bundle, **settings: str) -> Iterator[Server]:
             "SOTTO_LOG_LEVEL": "warning",
         }
         environment |= {f"SOTTO_{name.upper()}": value for name, value in settings.items()}
-        command = [str(Path(sys.executable).with_name("sotto")), "serve"]
+        followed = [sys.executable, "-m", "cProfile", "-o", str(profile)] if profile else []
+        command = [*followed, str(Path(sys.executable).with_name("sotto")), "serve"]
         with _process(command, environment, f"http://127.0.0.1:{port}/readyz") as process:
             yield Server(port, process.pid, "/v1/keywords/detect")
 
