@@ -15,6 +15,8 @@ class Spotter:
     def __init__(self, threads: int = 1) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        # As ours: weights that the file keeps in eight bits become float once.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
         self._session = onnxruntime.InferenceSession(
             os.environ["PEER_GRAPH"], options, providers=["CPUExecutionProvider"]
         )

@@ -45,5 +45,7 @@ def open_session(graph: bytes, *, threads: int, provider: Provider = "cpu") -> S
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Weights that a file keeps in eight bits (training/compact.py) become float as it is loaded, not in every call.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.log_severity_level = 3
     return cast(Session, onnxruntime.InferenceSession(graph, options, providers=[_PROVIDERS[provider]]))

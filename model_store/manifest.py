@@ -59,6 +59,8 @@ class GraphInfo(_Strict):
     file: FileName
     opset: int = Field(ge=13, le=30)
     parameters: int = Field(gt=0)
+    # How the file keeps its kernels and matrices; all graphs compute in float32.
+    weights: Literal["float32", "int8"] = "float32"
 
 
 class Keyword(_Strict):

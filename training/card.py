@@ -54,7 +54,7 @@ def card(manifest: Manifest, report: Report, data: Data, about: str = "") -> str
         thresholds=manifest.keywords.thresholds_from,
         calibration=manifest.speaker.calibration.fitted_on,
         data="\n".join(_corpora(trained_on)),
-        rebuild="\n".join(f"    {line}" for line in rebuild(manifest.name, lineage.recipe)),
+        rebuild="\n".join(f"    {line}" for line in rebuild(manifest.name, lineage.recipe, manifest.graph.weights)),
         recipe_digest=lineage.recipe_digest,
         revision=lineage.git_revision,
         seed=lineage.seed,
@@ -63,7 +63,7 @@ def card(manifest: Manifest, report: Report, data: Data, about: str = "") -> str
     )
 
 
-def rebuild(name: str, recipe: dict[str, Any]) -> list[str]:
+def rebuild(name: str, recipe: dict[str, Any], weights: str = "float32") -> list[str]:
     """The commands from recordings to this card, for the kind of run that the recipe is of."""
     own = recipe["name"]
     if isinstance(recipe["data"], dict):
@@ -75,6 +75,7 @@ def rebuild(name: str, recipe: dict[str, Any]) -> list[str]:
         *([f"make {' '.join(teachers)}"] if teachers else []),
         made,
         f".venv-dev/bin/sotto export runs/{own} --name {name}",
+        *([f".venv-dev/bin/sotto compact runs/{own}/bundle"] if weights == "int8" else []),
         f".venv-dev/bin/sotto calibrate runs/{own}/bundle",
         f".venv-dev/bin/sotto evaluate runs/{own}/bundle --record",
     ]

@@ -1,4 +1,4 @@
-"""`sotto train | pretrain | distil | finetune | export | calibrate | evaluate | study | report`."""
+"""`sotto train | pretrain | distil | finetune | export | compact | calibrate | evaluate | study | report`."""
 
 from __future__ import annotations
 
@@ -136,6 +136,16 @@ def export(
     with _told():
         manifest = export_run(run, out or run / "bundle", name=name, data_root=data)
     console.print(f"{out or run / 'bundle'}: {manifest.graph.parameters} parameters")
+
+
+@app.command()
+def compact(draft: Path) -> None:
+    """Keep the weights of DRAFT in eight bits: a quarter of the size, as fast. Calibrate and evaluate it afterwards."""
+    from training.compact import compact as make_smaller
+
+    with _told():
+        manifest = make_smaller(draft)
+    console.print(f"{draft}: {manifest.files[manifest.graph.file].size / 1e6:.2f} MB")
 
 
 @app.command()

@@ -61,7 +61,7 @@ def multiply_accumulates(graph: bytes) -> int:
     """
     model = onnx.load_from_string(graph)
     counted = [node for node in model.graph.node if node.op_type in {"Conv", "MatMul", "Gemm"}]
-    wanted = sorted({name for node in counted for name in (node.input[0], node.output[0])})
+    wanted = sorted({name for node in counted for name in (*node.input[:2], node.output[0])})
     given = {item.name for item in (*model.graph.input, *model.graph.initializer)}
     declared = {item.name for item in model.graph.output}
     for name in wanted:
