@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,21 +23,21 @@ Array = npt.NDArray[np.float32]
 
 
 def pack(waveform: Array, outputs: Mapping[str, Array]) -> bytes:
-    """`waveform` [N] float32 and each output without its batch axis."""
+    """`waveform` [N] float32 and each output that there is, without its batch axis."""
     stream = io.BytesIO()
-    arrays: dict[str, Any] = {"waveform": waveform, **{name: outputs[name] for name in OUTPUTS}}
+    arrays: dict[str, Any] = {"waveform": waveform, **{name: outputs[name] for name in OUTPUTS if name in outputs}}
     np.savez(stream, **arrays)
     return stream.getvalue()
 
 
-def unpack(data: bytes) -> tuple[Array, dict[str, Array]]:
-    """Raises BundleError."""
+def unpack(data: bytes, names: Sequence[str] = tuple(OUTPUTS)) -> tuple[Array, dict[str, Array]]:
+    """The waveform and the outputs of these names. Raises BundleError."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("it is compressed")
         with np.load(io.BytesIO(data), allow_pickle=False) as loaded:
-            arrays = {name: np.asarray(loaded[name], dtype=np.float32) for name in ("waveform", *OUTPUTS)}
+            arrays = {name: np.asarray(loaded[name], dtype=np.float32) for name in ("waveform", *names)}
         waveform = arrays.pop("waveform")
         if waveform.ndim != 1 or waveform.size == 0:
             raise ValueError(f"the waveform has shape {waveform.shape}")

@@ -3,6 +3,7 @@
 inputs   waveform [batch, samples] float32 in [-1, 1], lengths [batch] int64
 outputs  keyword_logits [batch, frames, labels], speaker_embedding [batch, dim],
          embedding [batch, dim], frames [batch, frames, dim], all float32
+A bundle whose manifest has no `speaker` gives no speaker_embedding.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ OUTPUTS: dict[str, tuple[int, int]] = {
     "embedding": (onnx.TensorProto.FLOAT, 2),
     "frames": (onnx.TensorProto.FLOAT, 3),
 }
+SPEAKER = "speaker_embedding"
 OPERATOR_DOMAINS = frozenset({"", "ai.onnx", "com.microsoft"})
 MOST_NODES = 20_000
 # ONNX Runtime takes a file with this mark at byte 4 for its own format, in which nothing here has been checked.
@@ -43,7 +45,12 @@ def check_graph(data: bytes, manifest: Manifest) -> None:
             raise BundleError(f"{name}: tensor {tensor.name!r} keeps its data in another file")
     _check_operators(name, model, manifest.graph.opset)
     _check_values(name, "input", model.graph.input, INPUTS)
-    _check_values(name, "output", model.graph.output, OUTPUTS)
+    _check_values(name, "output", model.graph.output, {own: OUTPUTS[own] for own in outputs_of(manifest)})
+
+
+def outputs_of(manifest: Manifest) -> tuple[str, ...]:
+    """What the bundle's graph gives, in the contract's order."""
+    return tuple(name for name in OUTPUTS if name != SPEAKER or manifest.speaker is not None)
 
 
 def part_of(graph: bytes, outputs: Sequence[str]) -> bytes:

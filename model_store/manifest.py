@@ -151,7 +151,8 @@ class Manifest(_Strict):
     graph: GraphInfo
     audio: AudioLimits
     keywords: KeywordInfo
-    speaker: SpeakerInfo
+    # None: the graph has no `speaker_embedding`, so nobody can be enrolled with it.
+    speaker: SpeakerInfo | None = None
     embedding: EmbeddingInfo
     golden_file: FileName
     metrics: tuple[Metric, ...] = ()
@@ -160,7 +161,7 @@ class Manifest(_Strict):
     @model_validator(mode="after")
     def _complete(self) -> Manifest:
         needed = {self.graph.file, self.golden_file, "MODEL_CARD.md"}
-        if self.speaker.cohort_file is not None:
+        if self.speaker is not None and self.speaker.cohort_file is not None:
             needed.add(self.speaker.cohort_file)
         absent = sorted(needed - set(self.files))
         if absent:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 import numpy as np
 
 from model_store import golden
 from model_store.errors import BundleError
-from model_store.graph import OUTPUTS, check_graph
+from model_store.graph import OUTPUTS, SPEAKER, check_graph, outputs_of
 from model_store.inference import Session, open_session
 from model_store.store import MANIFEST, Bundle
 
@@ -28,7 +29,7 @@ def verify_bundle(bundle: Bundle) -> None:
     contents = {name: bundle.read(name) for name in bundle.manifest.files}
     graph = contents[bundle.manifest.graph.file]
     check_graph(graph, bundle.manifest)
-    waveform, expected = golden.unpack(contents[bundle.manifest.golden_file])
+    waveform, expected = golden.unpack(contents[bundle.manifest.golden_file], outputs_of(bundle.manifest))
     _check_cohort(bundle, contents)
     session = _session(graph)
     _check_golden(session, waveform, expected)
@@ -44,9 +45,9 @@ def _check_listing(bundle: Bundle) -> None:
 
 
 def _check_cohort(bundle: Bundle, contents: dict[str, bytes]) -> None:
-    name = bundle.manifest.speaker.cohort_file
-    if name is not None:
-        read_cohort(contents[name], bundle.manifest.speaker.dim)
+    speaker = bundle.manifest.speaker
+    if speaker is not None and speaker.cohort_file is not None:
+        read_cohort(contents[speaker.cohort_file], speaker.dim)
 
 
 def read_cohort(data: bytes, dim: int) -> golden.Array:
@@ -67,17 +68,19 @@ def _session(graph: bytes) -> Session:
         raise BundleError(f"ONNX Runtime refuses the graph: {error}") from error
 
 
-def _run(session: Session, waveforms: list[golden.Array]) -> dict[str, golden.Array]:
+def _run(session: Session, waveforms: list[golden.Array], names: Iterable[str]) -> dict[str, golden.Array]:
     lengths = np.array([len(waveform) for waveform in waveforms], dtype=np.int64)
     batch = np.zeros((len(waveforms), int(lengths.max())), dtype=np.float32)
     for row, waveform in enumerate(waveforms):
         batch[row, : len(waveform)] = waveform
+    wanted = list(names)
     try:
-        values = session.run(list(OUTPUTS), {"waveform": batch, "lengths": lengths})
+        values = session.run(wanted, {"waveform": batch, "lengths": lengths})
     except Exception as error:
         raise BundleError(f"the graph does not run: {error}") from error
-    outputs = dict(zip(OUTPUTS, values, strict=True))
-    for name, (_, rank) in OUTPUTS.items():
+    outputs = dict(zip(wanted, values, strict=True))
+    for name in wanted:
+        _, rank = OUTPUTS[name]
         # ONNX Runtime only warns where a shape is not the declared one.
         if outputs[name].ndim != rank or len(outputs[name]) != len(waveforms):
             raise BundleError(f"{name} has shape {outputs[name].shape}, not what the contract says")
@@ -85,8 +88,8 @@ def _run(session: Session, waveforms: list[golden.Array]) -> dict[str, golden.Ar
 
 
 def _check_golden(session: Session, waveform: golden.Array, expected: dict[str, golden.Array]) -> None:
-    found = _run(session, [waveform])
-    for name in OUTPUTS:
+    found = _run(session, [waveform], expected)
+    for name in expected:
         golden.compare(f"golden clip: {name}", expected[name], found[name][0])
 
 
@@ -94,14 +97,15 @@ def _check_dimensions(bundle: Bundle, expected: dict[str, golden.Array]) -> None
     manifest = bundle.manifest
     wanted = {
         "keyword_logits": 1 + len(manifest.keywords.labels),
-        "speaker_embedding": manifest.speaker.dim,
         "embedding": manifest.embedding.dim,
         "frames": manifest.embedding.dim,
     }
+    if manifest.speaker is not None:
+        wanted[SPEAKER] = manifest.speaker.dim
     for name, size in wanted.items():
         if expected[name].shape[-1] != size:
             raise BundleError(f"{name} has {expected[name].shape[-1]} values, the manifest says {size}")
-    length = float(np.linalg.norm(expected["speaker_embedding"]))
+    length = float(np.linalg.norm(expected[SPEAKER])) if SPEAKER in expected else 1.0
     if not abs(length - 1.0) <= UNIT_TOLERANCE:
         raise BundleError(f"speaker_embedding has length {length:.4g}, it must be a unit vector")
 
@@ -110,8 +114,8 @@ def _check_invariance(session: Session, waveform: golden.Array, expected: dict[s
     """The clip among longer, louder and near-silent neighbours gives what it gives alone."""
     longer = np.concatenate([waveform, waveform[::-1], waveform])
     neighbours = [np.clip(longer * np.float32(gain), -1, 1).astype(np.float32) for gain in NEIGHBOUR_GAINS]
-    found = _run(session, [waveform, *neighbours])
-    for name in OUTPUTS:
+    found = _run(session, [waveform, *neighbours], expected)
+    for name in expected:
         own = found[name][0]
         if own.ndim == 2:
             own = own[: len(expected[name])]

@@ -9,11 +9,12 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from model_store import Bundle, Manifest, verify_bundle
-from model_store.graph import OUTPUTS, part_of
+from model_store import Bundle, Manifest, SpeakerInfo, verify_bundle
+from model_store.graph import OUTPUTS, outputs_of, part_of
 from model_store.inference import Provider, Session, open_session
 from model_store.verify import read_cohort
 from service.audio import SAMPLE_RATE_HZ, Waveform
+from service.errors import TaskUnsupportedError
 
 Array = npt.NDArray[np.float32]
 
@@ -24,8 +25,13 @@ PARTS: dict[Part, tuple[str, ...]] = {
     "speaker": ("speaker_embedding",),
     "all": tuple(OUTPUTS),
 }
+# What a caller may ask of a model, by the names that the routes use.
+Task = Literal["keywords", "speaker", "embedding"]
+TASKS: tuple[Task, ...] = ("keywords", "speaker", "embedding")
 # Resident bytes of a session for each byte of its graph: the weights as given and as packed for the kernels.
 MEMORY_FACTOR = 3
+# Bytes of float weights for each byte of the file.
+FLOAT_BYTES = {"float32": 1, "int8": 4}
 # (seconds, clips) run before the first caller comes, the largest batch in place of None.
 WARM_UP = ((1.0, 1), (1.0, None), (4.0, 2), (10.0, 1))
 
@@ -33,7 +39,7 @@ WARM_UP = ((1.0, 1), (1.0, None), (4.0, 2), (10.0, 1))
 @dataclass(frozen=True, slots=True)
 class Outputs:
     """One clip's share of a graph call; T frames of `frame_hop_s`, K labels with background first. What the
-    call's part does not hold raises KeyError."""
+    call's part, or the model, does not hold raises KeyError."""
 
     arrays: Mapping[str, Array]
 
@@ -71,12 +77,29 @@ class Engine:
         self.every_keyword.flags.writeable = False
         self.memory_bytes = 0
         graph = bundle.read(self.manifest.graph.file)
+        given = outputs_of(self.manifest)
+        self._names = {part: kept for part, names in PARTS.items() if (kept := [one for one in names if one in given])}
         self._sessions: dict[Part, Session] = {}
-        for part, names in PARTS.items():
+        for part, names in self._names.items():
             own = graph if part == "all" else part_of(graph, names)
             self._sessions[part] = open_session(own, threads=intra_op_threads, provider=provider)
-            self.memory_bytes += MEMORY_FACTOR * len(own)
+            self.memory_bytes += MEMORY_FACTOR * FLOAT_BYTES[self.manifest.graph.weights] * len(own)
         self._hop = round(self.manifest.keywords.frame_hop_s * SAMPLE_RATE_HZ)
+
+    def require(self, *tasks: Task) -> None:
+        """Raises TaskUnsupportedError where the model cannot do one of them."""
+        own = tasks_of(self.manifest)
+        missing = sorted(set(tasks) - set(own))
+        if missing:
+            name = f"{self.manifest.name}@{self.manifest.version}"
+            raise TaskUnsupportedError(f"{name} has no task {', '.join(missing)}; it has {', '.join(own)}")
+
+    @property
+    def speaker(self) -> SpeakerInfo:
+        """How speakers are told apart. Raises TaskUnsupportedError."""
+        self.require("speaker")
+        assert self.manifest.speaker is not None
+        return self.manifest.speaker
 
     def run(self, waveforms: Sequence[Waveform], part: Part = "all") -> list[Outputs]:
         """One graph call for all clips, padded to the longest; results do not depend on the neighbours."""
@@ -87,7 +110,7 @@ class Engine:
             batch = np.zeros((len(waveforms), int(lengths.max())), dtype=np.float32)
             for row, waveform in enumerate(waveforms):
                 batch[row, : len(waveform.samples)] = waveform.samples
-        names = PARTS[part]
+        names = self._names[part]
         found = self._sessions[part].run(names, {"waveform": batch, "lengths": lengths})
         counts = -(-lengths // self._hop)
         return [
@@ -104,11 +127,18 @@ class Engine:
     def warm_up(self, largest_batch: int) -> None:
         """Run the shapes that traffic will bring, so that the first caller does not pay for them."""
         rng = np.random.default_rng(0)
-        for part in PARTS:
+        for part in self._names:
             for seconds, count in WARM_UP:
                 noise = rng.standard_normal(int(seconds * SAMPLE_RATE_HZ)).astype(np.float32) * np.float32(0.01)
                 self.run([Waveform(noise)] * (count or largest_batch), part)
 
     def _load_cohort(self) -> Array | None:
-        name = self.manifest.speaker.cohort_file
-        return None if name is None else read_cohort(self.bundle.read(name), self.manifest.speaker.dim)
+        speaker = self.manifest.speaker
+        if speaker is None or speaker.cohort_file is None:
+            return None
+        return read_cohort(self.bundle.read(speaker.cohort_file), speaker.dim)
+
+
+def tasks_of(manifest: Manifest) -> tuple[Task, ...]:
+    """What a model can be asked for."""
+    return tuple(task for task in TASKS if task != "speaker" or manifest.speaker is not None)

@@ -11,6 +11,7 @@ ServiceError
  ├─ 409 ProfileIncompleteError    profile_incomplete
  ├─ 409 ModelMismatchError        model_mismatch
  ├─ 409 ModelUnusableError        model_unusable
+ ├─ 409 TaskUnsupportedError      task_unsupported
  ├─ 413 AudioTooLargeError        audio_too_large
  ├─ 415 UnsupportedMediaTypeError unsupported_media_type
  ├─ 422 AudioTooShortError        audio_too_short
@@ -179,6 +180,12 @@ class ModelUnusableError(ServiceError):
     """That version does not pass its checks, or the store cannot be written; what served before still does."""
 
     status, code, title = 409, "model_unusable", "Model cannot be used"
+
+
+class TaskUnsupportedError(ServiceError):
+    """The model was not made for that, as a model of keywords alone is not for speakers."""
+
+    status, code, title = 409, "task_unsupported", "Model cannot do that"
 
 
 class AudioTooLargeError(ServiceError):

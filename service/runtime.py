@@ -17,7 +17,7 @@ from model_store.inference import is_available
 from service import audio
 from service.auth import Authenticator
 from service.batching import Batcher
-from service.engine import PARTS, Engine, Outputs, Part
+from service.engine import PARTS, Engine, Outputs, Part, Task
 from service.errors import (
     ClientGoneError,
     DeadlineExceededError,
@@ -154,15 +154,19 @@ class Runtime:
             store = False
         return {"accepting": not self.draining, "inference": self.batcher.alive, "profiles": store}
 
-    async def engine_for(self, reference: str | None, deadline: float) -> Engine:
-        """The engine a `model` parameter names, loaded if need be. Raises ServiceError."""
-        if reference is None:
-            return self.models.default
-        try:
-            async with _until(deadline):
-                return await self.models.named(reference)
-        except TimeoutError as error:
-            raise OverloadedError(f"{reference} is still being loaded", retry_after_s=LOADING_RETRY_AFTER_S) from error
+    async def engine_for(self, reference: str | None, deadline: float, *tasks: Task) -> Engine:
+        """The engine a `model` parameter names, loaded if need be, that can do these tasks. Raises ServiceError."""
+        engine = self.models.default
+        if reference is not None:
+            try:
+                async with _until(deadline):
+                    engine = await self.models.named(reference)
+            except TimeoutError as error:
+                raise OverloadedError(
+                    f"{reference} is still being loaded", retry_after_s=LOADING_RETRY_AFTER_S
+                ) from error
+        engine.require(*tasks)
+        return engine
 
     async def watch(self) -> None:
         """Beside the requests, as long as the service runs: the event loop's lag, and a default alias that moves."""

@@ -206,6 +206,7 @@ class ModelVersion(_Answer):
     licence: str
     parameters: int
     keywords: int
+    tasks: list[Literal["keywords", "speaker", "embedding"]]
     metrics: list[dict[str, Any]]
 
 

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from model_store import Bundle, Calibration, Keyword, Manifest
+from model_store import Bundle, Calibration, Keyword, Manifest, SpeakerInfo
 from model_store.store import MANIFEST, open_bundle
 from training.errors import TrainingError
 from training.evaluation.client import ServiceClient, served
@@ -28,7 +28,7 @@ from training.evaluation.statistics import (
     threshold_for_false_alarms,
 )
 from training.evaluation.tasks import clip_accuracy, plan_trials, run_trials
-from training.export import UNFITTED, export, write_draft
+from training.export import COHORT, UNFITTED, export, write_draft
 from training.finished import name_of, origin
 from training.manifest import CALIBRATION_FOLD, Clip, Data, Recording
 
@@ -70,24 +70,28 @@ def bundle_of(run: Path, data_root: Path, *, say: Say, fitted: bool = True) -> B
             fresh = Path(work) / "bundle"
             say(f"exporting {run}")
             manifest = export(run, fresh, name=f"sotto-{name_of(run)}", data_root=data_root)
-            if fitted and _has_both_tasks(manifest):
+            if fitted and _can_be_fitted(manifest):
                 calibrate(fresh, data_root=data_root, say=say)
             fresh.replace(draft)
         return open_bundle(draft)
     bundle = open_bundle(draft)
     # It may have been exported for its timings only.
-    if fitted and _has_both_tasks(bundle.manifest) and _is_unfitted(bundle.manifest):
+    if fitted and _can_be_fitted(bundle.manifest) and _is_unfitted(bundle.manifest):
         calibrate(draft, data_root=data_root, say=say)
         return open_bundle(draft)
     return bundle
 
 
-def _has_both_tasks(manifest: Manifest) -> bool:
-    return len(manifest.lineage.recipe.get("tasks", TASKS)) == len(TASKS)
+def _can_be_fitted(manifest: Manifest) -> bool:
+    return manifest.speaker is None or len(manifest.lineage.recipe.get("tasks", TASKS)) == len(TASKS)
 
 
 def _is_unfitted(manifest: Manifest) -> bool:
-    return manifest.speaker.calibration.fitted_on.startswith(UNFITTED)
+    # Speakers are fitted last.
+    fitted_on = (
+        manifest.keywords.thresholds_from if manifest.speaker is None else manifest.speaker.calibration.fitted_on
+    )
+    return fitted_on.startswith(UNFITTED)
 
 
 def calibrate(draft: Path, *, data_root: Path | None, say: Say) -> Manifest:
@@ -102,7 +106,6 @@ def calibrate(draft: Path, *, data_root: Path | None, say: Say) -> Manifest:
     manifest = _with_window(manifest, _best_window(draft, manifest, fold, say))
     with _serving(draft, manifest) as client:
         thresholds = _thresholds(client, manifest, data, fold, say)
-    cohort_top, speaker = _best_cohort(draft, manifest, fold, say)
     people = len({clip.speaker for clip in fold if clip.speaker})
     fitted_on = (
         f"{people} training speakers set aside (fold {CALIBRATION_FOLD!r}, seed {source.seed}), {len(fold)} clips"
@@ -116,23 +119,32 @@ def calibrate(draft: Path, *, data_root: Path | None, say: Say) -> Manifest:
             "thresholds_from": f"{BUDGET_PER_HOUR:g} false alarm an hour and keyword on {fitted_on}",
         }
     )
-    calibrated = manifest.speaker.model_copy(
-        update={
-            "calibration": Calibration(
-                scale=speaker.scale, offset=speaker.offset, fitted_on=f"{fitted_on}: {speaker.note}"
-            ),
-            "cohort_file": manifest.speaker.cohort_file if speaker.with_cohort else None,
-            "cohort_top": cohort_top,
-        }
-    )
-    manifest = manifest.model_copy(update={"keywords": keywords, "speaker": calibrated})
+    changes: dict[str, object] = {"keywords": keywords}
+    if manifest.speaker is not None:
+        changes["speaker"] = _fitted_speaker(draft, manifest, manifest.speaker, fold, fitted_on, say)
+    manifest = manifest.model_copy(update=changes)
     _write(draft, manifest)
     return manifest
 
 
+def _fitted_speaker(
+    draft: Path, manifest: Manifest, info: SpeakerInfo, fold: list[Clip], fitted_on: str, say: Say
+) -> SpeakerInfo:
+    cohort_top, fit = _best_cohort(draft, manifest, info, fold, say)
+    return info.model_copy(
+        update={
+            "calibration": Calibration(scale=fit.scale, offset=fit.offset, fitted_on=f"{fitted_on}: {fit.note}"),
+            "cohort_file": info.cohort_file if fit.with_cohort else None,
+            "cohort_top": cohort_top,
+        }
+    )
+
+
 def _uncalibrated(manifest: Manifest) -> Manifest:
     """Scores as they come: raw normalised scores, so that fitting twice gives the same."""
-    cohort = "cohort.f32" if "cohort.f32" in manifest.files else None
+    if manifest.speaker is None:
+        return manifest
+    cohort = COHORT if COHORT in manifest.files else None
     raw = Calibration(scale=1.0, offset=0.0, fitted_on=UNFITTED)
     speaker = manifest.speaker.model_copy(update={"calibration": raw, "cohort_file": cohort, "threshold": 0.0})
     return manifest.model_copy(update={"speaker": speaker})
@@ -153,11 +165,13 @@ def _best_window(draft: Path, manifest: Manifest, fold: list[Clip], say: Say) ->
     return min(window_s for window_s, mean in accuracies.items() if mean >= enough)
 
 
-def _best_cohort(draft: Path, manifest: Manifest, fold: list[Clip], say: Say) -> tuple[int, _SpeakerFit]:
+def _best_cohort(
+    draft: Path, manifest: Manifest, info: SpeakerInfo, fold: list[Clip], say: Say
+) -> tuple[int, _SpeakerFit]:
     """How many of the closest cohort speakers normalise a score, if any; the cheapest fit (Cllr) wins."""
     fits = []
     for top in COHORT_TOPS:
-        speaker = manifest.speaker.model_copy(update={"cohort_top": top})
+        speaker = info.model_copy(update={"cohort_top": top})
         with _serving(draft, manifest.model_copy(update={"speaker": speaker})) as client:
             say(f"closest {top} of the cohort")
             fits.append((top, _fit_speakers(client, fold, say)))

@@ -44,7 +44,7 @@ def card(manifest: Manifest, report: Report, data: Data, about: str = "") -> str
         name=manifest.name,
         labels=len(manifest.keywords.labels),
         languages=", ".join(sorted({entry.label.split(":")[0] for entry in manifest.keywords.labels})),
-        dim=manifest.speaker.dim,
+        gives=_gives(manifest),
         parameters=manifest.graph.parameters / 1e6,
         licence=manifest.licence,
         about=about.strip() or UNSAID,
@@ -52,7 +52,7 @@ def card(manifest: Manifest, report: Report, data: Data, about: str = "") -> str
         command=report.command,
         split=report.split,
         thresholds=manifest.keywords.thresholds_from,
-        calibration=manifest.speaker.calibration.fitted_on,
+        calibration=_calibration(manifest),
         data="\n".join(_corpora(trained_on)),
         rebuild="\n".join(f"    {line}" for line in rebuild(manifest.name, lineage.recipe, manifest.graph.weights)),
         recipe_digest=lineage.recipe_digest,
@@ -61,6 +61,18 @@ def card(manifest: Manifest, report: Report, data: Data, about: str = "") -> str
         manifest_digest=lineage.data.get("manifest.csv", "unknown"),
         audio_digest=lineage.data.get("audio", "unknown"),
     )
+
+
+def _gives(manifest: Manifest) -> str:
+    voices = "" if manifest.speaker is None else f"a {manifest.speaker.dim}-dimensional speaker embedding, "
+    return f"{voices}and a general speech embedding of {manifest.embedding.dim} dimensions"
+
+
+def _calibration(manifest: Manifest) -> str:
+    if manifest.speaker is None:
+        return "It does not tell speakers apart."
+    fitted_on = manifest.speaker.calibration.fitted_on
+    return f"Score calibration: {fitted_on}. A score of 0 is the point of equal costs at even priors."
 
 
 def rebuild(name: str, recipe: dict[str, Any], weights: str = "float32") -> list[str]:
@@ -97,8 +109,7 @@ def _corpora(clips: list[Clip]) -> list[str]:
 
 CARD_TEXT = """# {name}
 
-{parameters:.2f} M parameters: {labels} keywords ({languages}) with times, a {dim}-dimensional speaker embedding, and a
-general speech embedding.
+{parameters:.2f} M parameters: {labels} keywords ({languages}) with times, {gives}.
 
 {about}
 
@@ -116,7 +127,7 @@ decided that there should be another one, so expect slightly worse on people who
 {rows}
 
 Keyword thresholds: {thresholds}.
-Score calibration: {calibration}. A score of 0 is the point of equal costs at even priors.
+{calibration}
 
 ## Trained on
 

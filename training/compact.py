@@ -18,6 +18,7 @@ from onnx import helper, numpy_helper
 
 from model_store import Manifest, golden
 from model_store.files import describe
+from model_store.graph import outputs_of
 from model_store.inference import open_session
 from model_store.store import open_bundle
 from training.export import run_graph, write_draft
@@ -32,8 +33,9 @@ def compact(draft: Path) -> Manifest:
     bundle = open_bundle(draft)
     before = bundle.manifest
     graph = in_eight_bits(bundle.read(before.graph.file))
-    clip, _ = golden.unpack(bundle.read(before.golden_file))
-    outputs = run_graph(open_session(graph, threads=1), [clip])
+    names = outputs_of(before)
+    clip, _ = golden.unpack(bundle.read(before.golden_file), names)
+    outputs = run_graph(open_session(graph, threads=1), [clip], names)
     files = {
         before.graph.file: graph,
         before.golden_file: golden.pack(clip, {name: values[0] for name, values in outputs.items()}),

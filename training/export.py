@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from model_store import (
 )
 from model_store.files import describe
 from model_store.golden import pack
-from model_store.graph import OUTPUTS
+from model_store.graph import OUTPUTS, SPEAKER
 from model_store.inference import Session, open_session
 from model_store.store import MANIFEST
 from training.alignment import loudest_speech
@@ -48,6 +48,7 @@ LONGEST_S = 120.0
 PLACEHOLDER_THRESHOLD = 0.5
 # What a calibration that has not been fitted, or not to the end, says it was fitted on.
 UNFITTED = "nothing"
+COHORT = "cohort.f32"
 # One word's worth of audio: long enough for the longest keyword, short enough to part two of them.
 WINDOW_S = 1.0
 REFRACTORY_S = 0.8
@@ -62,10 +63,13 @@ class ServedGraph(nn.Module):
     def __init__(self, student: nn.Module) -> None:
         super().__init__()
         self.student = student
+        # A student without a speaker branch has no such output.
+        alone = isinstance(student, Edge) and not student.shape.tells_speakers
+        self.names = tuple(name for name in OUTPUTS if name != SPEAKER or not alone)
 
-    def forward(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
         out = self.student(waveform, lengths)
-        return out.keyword_logits, out.speaker_embedding, out.embedding, out.frames
+        return tuple(getattr(out, name) for name in self.names)
 
 
 def export(run_folder: Path, out: Path, *, name: str, data_root: Path | None = None) -> Manifest:
@@ -79,12 +83,15 @@ def export(run_folder: Path, out: Path, *, name: str, data_root: Path | None = N
     check_graph_equals_network(session, network)
     trained_on = source.choose(data.split("train"))
     golden_clip = _golden_waveform()
+    given = run_graph(session, [golden_clip], ServedGraph(network).names)
     files = {
         "model.onnx": graph,
-        "golden.npz": pack(golden_clip, {key: value[0] for key, value in run_graph(session, [golden_clip]).items()}),
-        "cohort.f32": speaker_cohort(network, [clip for clip in trained_on if clip.speaker]).astype("<f4").tobytes(),
+        "golden.npz": pack(golden_clip, {key: value[0] for key, value in given.items()}),
         "MODEL_CARD.md": f"# {name}\n\nUncalibrated draft.\n".encode(),
     }
+    if finished.speaker_dim:
+        cohort = speaker_cohort(network, [clip for clip in trained_on if clip.speaker])
+        files[COHORT] = cohort.astype("<f4").tobytes()
     manifest = _manifest(name, finished, trained_on, files)
     write_draft(out, manifest, files)
     return manifest
@@ -99,6 +106,8 @@ def to_onnx(student: Edge) -> bytes:
 def traced(student: nn.Module) -> bytes:
     """The graph as torch writes it, batch and samples dynamic, batch norms folded into convolutions."""
     stream = io.BytesIO()
+    served = ServedGraph(student).eval()
+    axes = {"waveform": "samples", "keyword_logits": "frames", "frames": "frames"}
     waveform = torch.zeros(2, SAMPLE_RATE_HZ)
     lengths = torch.tensor([SAMPLE_RATE_HZ, SAMPLE_RATE_HZ // 2])
     with warnings.catch_warnings():
@@ -106,20 +115,16 @@ def traced(student: nn.Module) -> bytes:
         # the same operators. It also warns of each shape that it takes from an input, as it should.
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            ServedGraph(student).eval(),
+            served,
             (waveform, lengths),
             stream,  # type: ignore[arg-type]  # the annotation forgets file objects, the documentation does not
             dynamo=False,
             opset_version=OPSET,
             input_names=["waveform", "lengths"],
-            output_names=list(OUTPUTS),
+            output_names=list(served.names),
             dynamic_axes={
-                "waveform": {0: "batch", 1: "samples"},
-                "lengths": {0: "batch"},
-                "keyword_logits": {0: "batch", 1: "frames"},
-                "speaker_embedding": {0: "batch"},
-                "embedding": {0: "batch"},
-                "frames": {0: "batch", 1: "frames"},
+                name: {0: "batch", **({1: axes[name]} if name in axes else {})}
+                for name in ("waveform", "lengths", *served.names)
             },
         )
     return stream.getvalue()
@@ -137,12 +142,13 @@ def check_graph_equals_network(session: Session, student: nn.Module) -> None:
         (rng.standard_normal(length) * level).clip(-1, 1).astype(np.float32)
         for length, level in zip(lengths, levels, strict=True)
     ]
-    together = run_graph(session, clips)
+    served = ServedGraph(student)
+    together = run_graph(session, clips, served.names)
     with torch.no_grad():
         for row, clip in enumerate(clips):
-            alone = run_graph(session, [clip])
-            torch_out = ServedGraph(student)(torch.from_numpy(clip)[None], torch.tensor([len(clip)]))
-            for name, network in zip(OUTPUTS, torch_out, strict=True):
+            alone = run_graph(session, [clip], served.names)
+            torch_out = served(torch.from_numpy(clip)[None], torch.tensor([len(clip)]))
+            for name, network in zip(served.names, torch_out, strict=True):
                 _within(f"{name}: ONNX against torch, clip {row}", alone[name][0], network[0].numpy())
                 padded = together[name][row]
                 if padded.ndim == 2:
@@ -150,13 +156,13 @@ def check_graph_equals_network(session: Session, student: nn.Module) -> None:
                 _within(f"{name}: padded against alone, clip {row}", padded, alone[name][0])
 
 
-def run_graph(session: Session, clips: list[Array]) -> dict[str, Array]:
-    """All outputs for the clips as one padded batch."""
+def run_graph(session: Session, clips: list[Array], names: Sequence[str] = tuple(OUTPUTS)) -> dict[str, Array]:
+    """These outputs for the clips as one padded batch."""
     lengths = np.array([len(clip) for clip in clips], dtype=np.int64)
     batch = np.zeros((len(clips), int(lengths.max())), dtype=np.float32)
     for row, clip in enumerate(clips):
         batch[row, : len(clip)] = clip
-    return dict(zip(OUTPUTS, session.run(list(OUTPUTS), {"waveform": batch, "lengths": lengths}), strict=True))
+    return dict(zip(names, session.run(list(names), {"waveform": batch, "lengths": lengths}), strict=True))
 
 
 @torch.no_grad()
@@ -204,14 +210,9 @@ def _manifest(name: str, finished: Finished, trained_on: list[Clip], files: Mapp
             frame_hop_s=finished.frame_hop_s,
             window_s=WINDOW_S,
             refractory_s=REFRACTORY_S,
-            thresholds_from="placeholders; run `sotto calibrate`",
+            thresholds_from=f"{UNFITTED}; run `sotto calibrate`",
         ),
-        speaker=SpeakerInfo(
-            dim=finished.speaker_dim,
-            calibration=Calibration(scale=1.0, offset=0.0, fitted_on=f"{UNFITTED}; run `sotto calibrate`"),
-            threshold=0.0,
-            cohort_file="cohort.f32",
-        ),
+        speaker=_untold(finished.speaker_dim) if finished.speaker_dim else None,
         embedding=EmbeddingInfo(
             dim=finished.embedding_dim,
             frame_hop_s=finished.frame_hop_s,
@@ -219,6 +220,15 @@ def _manifest(name: str, finished: Finished, trained_on: list[Clip], files: Mapp
         ),
         golden_file="golden.npz",
         lineage=finished.lineage,
+    )
+
+
+def _untold(dim: int) -> SpeakerInfo:
+    return SpeakerInfo(
+        dim=dim,
+        calibration=Calibration(scale=1.0, offset=0.0, fitted_on=f"{UNFITTED}; run `sotto calibrate`"),
+        threshold=0.0,
+        cohort_file=COHORT,
     )
 
 

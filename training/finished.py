@@ -28,7 +28,7 @@ class Finished:
     labels: list[str]
     lineage: Lineage
     frame_hop_s: float
-    speaker_dim: int
+    speaker_dim: int  # 0: it tells nobody apart
     embedding_dim: int
     layers: str  # what `embedding` and `frames` are taken from
     is_edge: bool
@@ -107,8 +107,12 @@ def _trained(folder: Path) -> Finished:
         ),
         frame_hop_s=FRAME_HOP / SAMPLE_RATE_HZ,
         speaker_dim=student.shape.speaker_dim,
-        embedding_dim=2 * student.shape.task_width,
-        layers="last keyword block and last speaker block, side by side",
+        embedding_dim=student.shape.embedding_dim,
+        layers=(
+            "last keyword block and last speaker block, side by side"
+            if student.shape.tells_speakers
+            else "last keyword block"
+        ),
         is_edge=True,
     )
 

@@ -45,7 +45,7 @@ def watch(student: Edge, prepared: Prepared) -> dict[str, float]:
             truth = [class_of.get(clip.label, 0) for clip in clips]
             seen[f"accuracy-{corpus}"] = float(np.mean([a == b for a, b in zip(truth, predicted, strict=True)]))
         speakers = [clip.speaker for clip in clips]
-        if len({name for name in speakers if name}) > 1:
+        if student.shape.tells_speakers and len({name for name in speakers if name}) > 1:
             similarity = torch.cat(embeddings) @ torch.cat(embeddings).T
             similarity.fill_diagonal_(-2.0)
             nearest = similarity.argmax(dim=1).tolist()

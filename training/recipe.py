@@ -156,6 +156,8 @@ class Recipe(_Strict):
             raise ValueError("what comes first needs the same seed, data and shape")
         if first is None and self.before_share:
             raise ValueError("before_share is a share of what comes first, and nothing does")
+        if self.voices is not None and not self.shape.tells_speakers:
+            raise ValueError("voices teach a speaker branch, and speaker_dim is 0")
         return self
 
     @property

@@ -61,7 +61,10 @@ class TrainingHeads(nn.Module):
 
     def __init__(self, recipe: Recipe, speakers: int) -> None:
         super().__init__()
-        self.angular = AamSoftmax(recipe.shape.speaker_dim, speakers, recipe.loss.speaker_scale)
+        shape = recipe.shape
+        self.angular = (
+            AamSoftmax(shape.speaker_dim, speakers, recipe.loss.speaker_scale) if shape.tells_speakers else None
+        )
         self.hint = HintHead(recipe.shape.task_width) if recipe.hints is not None else None
         self.voice = VoiceHead(recipe.shape.speaker_dim) if recipe.voices is not None else None
 
@@ -229,10 +232,13 @@ def _step(
     clip = clip_loss(out.keyword_logits, out.mask, batch.keyword, batch.possible, weights.label_smoothing)
     frame = frame_loss(out.keyword_logits, out.mask, batch.keyword, batch.word_s, batch.possible, FRAME_HOP_S)
     known = (batch.speaker != NO_SPEAKER) & ~spectral.warped
-    margin = weights.speaker_margin * min(1.0, step / max(1, weights.margin_warmup_steps))
-    speaker = heads.angular(out.speaker_embedding[known], batch.speaker[known], margin) if known.any() else clip * 0
-    total = weights.clip * clip + weights.frame * frame + weights.speaker * speaker
-    terms = {"clip": clip, "frame": frame, "speaker": speaker}
+    total = weights.clip * clip + weights.frame * frame
+    terms = {"clip": clip, "frame": frame}
+    if heads.angular is not None:
+        margin = weights.speaker_margin * min(1.0, step / max(1, weights.margin_warmup_steps))
+        voices = out.speaker_embedding[known]
+        terms["speaker"] = heads.angular(voices, batch.speaker[known], margin) if known.any() else clip * 0
+        total = total + weights.speaker * terms["speaker"]
     if heads.hint is not None and recipe.hints is not None and batch.hint is not None and batch.hinted is not None:
         spoken = out.frames[..., : recipe.shape.task_width]
         terms["hint"] = heads.hint.loss(spoken, batch.hint, batch.hinted)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
 from service.audio import SAMPLE_RATE_HZ, Waveform
-from service.engine import Engine, Part
+from service.engine import Engine, Part, Task, tasks_of
 from service.errors import (
     InvalidRequestError,
     NoSpeechError,
@@ -40,10 +40,8 @@ from service.timing import StageClock
 
 router = APIRouter(prefix="/v1/analyze", tags=["analyze"], route_class=DirectRoute)
 
-Task = Literal["keywords", "speaker", "embedding"]
 # A voice needs this much audio around a keyword to be told from another.
 LEAST_VOICE_S = 1.0
-ALL_TASKS: tuple[Task, ...] = ("keywords", "speaker", "embedding")
 EXAMPLE = {
     "model": {"name": "sotto-edge", "version": 1},
     "duration_s": 1.0,
@@ -84,7 +82,7 @@ EXAMPLE = {
 async def analyze(
     request: Request,
     caller: Infers,
-    tasks: Annotated[list[Task], Query(default_factory=lambda: list(ALL_TASKS), description="Repeat for several.")],
+    tasks: Annotated[list[Task], Query(description="Repeat for several; default: all that the model can do.")] = [],  # noqa: B006  FastAPI copies defaults
     speaker_id: Annotated[
         str | None, Query(max_length=128, description="Also says who spoke: the claim, and each detection.")
     ] = None,
@@ -96,7 +94,10 @@ async def analyze(
     """Each part as its own route would answer; with `speaker_id`, each detection says who spoke it."""
     runtime, clock = runtime_of(request), clock_of(request)
     deadline = deadline_of(request, runtime.settings)
-    engine = await runtime.engine_for(model, deadline)
+    engine = await runtime.engine_for(model, deadline, *tasks)
+    if speaker_id is not None:
+        engine.require("speaker")
+    tasks = tasks or list(tasks_of(engine.manifest))
     allowed = allowed_labels(engine, keywords)
     if speaker_id is not None and not {"keywords", "speaker"} & set(tasks):
         raise InvalidRequestError("speaker_id needs the task `keywords` or `speaker`")
@@ -153,7 +154,7 @@ async def _with_speaker(
         stretch = _around(waveform, detection.start_s, detection.end_s)
         outputs = await runtime.infer(engine, stretch, clock, deadline, "speaker")
         claimed = score_against(engine, profile, outputs)
-        own = claimed.llr >= engine.manifest.speaker.threshold
+        own = claimed.llr >= engine.speaker.threshold
         marked.append(detection.model_copy(update={"spoken_by_speaker": own}))
     return marked
 

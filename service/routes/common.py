@@ -32,6 +32,7 @@ from service.errors import (
     RequestTooSlowError,
     ServiceError,
     StorageUnavailableError,
+    TaskUnsupportedError,
     UnauthenticatedError,
     UndecodableAudioError,
     UnsupportedMediaTypeError,
@@ -69,6 +70,7 @@ CLAIM_ERRORS: tuple[type[ServiceError], ...] = (
     NotFoundError,
     ProfileIncompleteError,
     ModelMismatchError,
+    TaskUnsupportedError,
 )
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from fastapi import APIRouter, Query, Request, Response
 
 from service.engine import Outputs, Part
-from service.errors import InvalidSamplesError, NoSpeechError, NotFoundError
+from service.errors import InvalidSamplesError, NoSpeechError, NotFoundError, TaskUnsupportedError
 from service.intake import Clip, deadline_of, receive_clips
 from service.queueing import Priority
 from service.routes.common import (
@@ -46,7 +46,7 @@ EXAMPLE = {
     response_model_exclude_none=True,
     responses={
         200: {"content": {"application/json": {"example": EXAMPLE}}},
-        **problems(*AUDIO_ERRORS, InvalidSamplesError, NoSpeechError, NotFoundError),
+        **problems(*AUDIO_ERRORS, InvalidSamplesError, NoSpeechError, NotFoundError, TaskUnsupportedError),
     },
     openapi_extra=audio_body(several=True),
 )
@@ -62,7 +62,7 @@ async def embed(
     """One entry a clip, in order. `speaker` and `utterance` vectors have unit length."""
     runtime, clock = runtime_of(request), clock_of(request)
     deadline = deadline_of(request, runtime.settings)
-    engine = await runtime.engine_for(model, deadline)
+    engine = await runtime.engine_for(model, deadline, "speaker" if type == "speaker" else "embedding")
     clips = await receive_clips(request, runtime.settings, clock, deadline, at_most=runtime.settings.clips_per_request)
 
     part: Part = "speaker" if type == "speaker" else "all"
@@ -85,7 +85,7 @@ async def embed(
     body = EmbeddingsAnswer(
         model=model_info(engine),
         type=type,
-        dim=info.speaker.dim if type == "speaker" else info.embedding.dim,
+        dim=engine.speaker.dim if type == "speaker" else info.embedding.dim,
         frame_hop_s=info.embedding.frame_hop_s if type == "frames" else None,
         data=list(entries),
     )

@@ -89,7 +89,7 @@ async def identify(
     """
     runtime, clock = runtime_of(request), clock_of(request)
     deadline = deadline_of(request, runtime.settings)
-    engine = await runtime.engine_for(model, deadline)
+    engine = await runtime.engine_for(model, deadline, "speaker")
     (clip,) = await receive_clips(request, runtime.settings, clock, deadline, at_most=1)
     outputs, quality = await voice_of(runtime, engine, clip, clock, deadline)
     with clock.stage("postprocess"):
@@ -100,7 +100,7 @@ async def identify(
             best, compared, skipped = _best(top_k, scored), len(scored), 0
         else:
             best, compared, skipped = await _best_of_all(runtime, engine, caller.tenant, outputs, top_k, deadline)
-    threshold = engine.manifest.speaker.threshold
+    threshold = engine.speaker.threshold
     identified = best[0][0] if best and best[0][1].llr >= threshold else None
     runtime.metrics.identifications.labels("unknown" if identified is None else "identified").inc()
     return answer(
@@ -171,7 +171,7 @@ def _scored(engine: Engine, profiles: list[Profile], outputs: Outputs) -> list[S
     if not profiles:
         return []
     vectors = np.stack([vector_of(profile) for profile in profiles])
-    found = scoring.scores(vectors, outputs.speaker_embedding, engine.manifest.speaker, engine.cohort)
+    found = scoring.scores(vectors, outputs.speaker_embedding, engine.speaker, engine.cohort)
     return [(profile.speaker_id, score) for profile, score in zip(profiles, found, strict=True)]
 
 

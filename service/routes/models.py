@@ -10,6 +10,7 @@ from fastapi import APIRouter, Path, Request, Response
 
 from model_store import BundleError, StoreError
 from model_store.reference import ALIAS_PATTERN
+from service.engine import tasks_of
 from service.errors import ModelUnusableError, NotFoundError
 from service.routes.common import Administers, Infers, answer, model_info, problems, runtime_of
 from service.runtime import Runtime
@@ -30,6 +31,7 @@ MODEL_EXAMPLE = {
             "licence": "Apache-2.0",
             "parameters": 1798673,
             "keywords": 112,
+            "tasks": ["keywords", "speaker", "embedding"],
             "metrics": [],
         }
     ],
@@ -126,6 +128,7 @@ def _describe(runtime: Runtime, name: str) -> ModelAnswer:
                 licence=manifest.licence,
                 parameters=manifest.graph.parameters,
                 keywords=len(manifest.keywords.labels),
+                tasks=list(tasks_of(manifest)),
                 metrics=[metric.model_dump() for metric in manifest.metrics],
             )
         )

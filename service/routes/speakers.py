@@ -17,6 +17,7 @@ from service.errors import (
     NoSpeechError,
     NotFoundError,
     ProfileIncompleteError,
+    TaskUnsupportedError,
 )
 from service.intake import Clip, deadline_of, receive_clips
 from service.routes.common import (
@@ -83,7 +84,9 @@ SPEAKER_EXAMPLE = {
     response_model=EnrolAnswer,
     responses={
         200: {"content": {"application/json": {"example": ENROL_EXAMPLE}}},
-        **problems(*AUDIO_ERRORS, *PROFILE_ERRORS, InvalidSamplesError, ModelMismatchError, NotFoundError),
+        **problems(
+            *AUDIO_ERRORS, *PROFILE_ERRORS, InvalidSamplesError, ModelMismatchError, NotFoundError, TaskUnsupportedError
+        ),
     },
     openapi_extra=audio_body(several=True),
 )
@@ -91,14 +94,14 @@ async def enrol(request: Request, caller: Enrols, speaker_id: SpeakerId, model: 
     """Creates the profile when new. Each clip is judged by itself; a refused one leaves no trace."""
     runtime, clock = runtime_of(request), clock_of(request)
     deadline = deadline_of(request, runtime.settings)
-    engine = await runtime.engine_for(model, deadline)
+    engine = await runtime.engine_for(model, deadline, "speaker")
     clips = await receive_clips(request, runtime.settings, clock, deadline, at_most=runtime.settings.clips_per_request)
     candidates = await together(_candidate(runtime, engine, clip, clock, deadline) for clip in clips)
 
     def join() -> tuple[list[EnrolmentClip], Profile | None]:
         profile = runtime.profiles.get(caller.tenant, speaker_id)
         before = [] if profile is None else [entry.embedding for entry in _same_model(profile, engine)]
-        info, cohort = engine.manifest.speaker, engine.cohort
+        info, cohort = engine.speaker, engine.cohort
         verdicts = judge(candidates, before, info, cohort)
         accepted = [
             Enrolment(
@@ -150,7 +153,7 @@ async def verify(request: Request, caller: Infers, speaker_id: SpeakerId, model:
     """`score` is a log-likelihood ratio: 0 means as likely the same voice as not, at even priors."""
     runtime, clock = runtime_of(request), clock_of(request)
     deadline = deadline_of(request, runtime.settings)
-    engine = await runtime.engine_for(model, deadline)
+    engine = await runtime.engine_for(model, deadline, "speaker")
     profile = await ready_profile(runtime, engine, caller.tenant, speaker_id, deadline)
     (clip,) = await receive_clips(request, runtime.settings, clock, deadline, at_most=1)
     outputs, quality = await voice_of(runtime, engine, clip, clock, deadline)
@@ -256,7 +259,7 @@ def check_ready(runtime: Runtime, engine: Engine, profile: Profile) -> None:
 def decide(runtime: Runtime, engine: Engine, profile: Profile, outputs: Outputs) -> Claim:
     """Whether the clip's voice is the profile's, counted in the metrics."""
     claimed = score_against(engine, profile, outputs)
-    threshold = engine.manifest.speaker.threshold
+    threshold = engine.speaker.threshold
     accepted = claimed.llr >= threshold
     runtime.metrics.verifications.labels("accepted" if accepted else "rejected").inc()
     return Claim(
@@ -278,7 +281,7 @@ def figures_of(claimed: scoring.Score, prior: float) -> dict[str, float]:
 
 def score_against(engine: Engine, profile: Profile, outputs: Outputs) -> scoring.Score:
     """The claim's score."""
-    return scoring.score(vector_of(profile), outputs.speaker_embedding, engine.manifest.speaker, engine.cohort)
+    return scoring.score(vector_of(profile), outputs.speaker_embedding, engine.speaker, engine.cohort)
 
 
 def vector_of(profile: Profile) -> Array:

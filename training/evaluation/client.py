@@ -56,6 +56,12 @@ class ServiceClient:
         found: dict[str, Any] = self._json(self._http.get("/v1/models"))["default"]
         return found
 
+    def tells_speakers(self) -> bool:
+        """Whether the model that answers by default knows people by their voices."""
+        default = self.model()
+        versions = self._json(self._http.get(f"/v1/models/{default['name']}"))["versions"]
+        return any("speaker" in one["tasks"] for one in versions if one["version"] == default["version"])
+
     def keywords(self) -> list[str]:
         """All labels."""
         return [entry["keyword"] for entry in self._json(self._http.get("/v1/keywords"))["keywords"]]

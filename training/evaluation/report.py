@@ -84,9 +84,10 @@ class Report:
         )
 
 
-def default_rows(data: Data) -> tuple[str, ...]:
-    """What is measured where nothing was asked for."""
-    return (*ROWS, "trials") if (data.root / TRIALS).is_file() else ROWS
+def default_rows(data: Data, *, speakers: bool = True) -> tuple[str, ...]:
+    """What is measured where nothing was asked for, of a model that tells `speakers` apart or does not."""
+    listed = ("trials",) if (data.root / TRIALS).is_file() else ()
+    return tuple(row for row in (*ROWS, *listed) if speakers or row not in {"sv", "trials"})
 
 
 def evaluate(

@@ -6,6 +6,8 @@
 Convolutions are written in two dimensions with height 1: ONNX Runtime's blocked kernels exist only
 there, and halve the time of depthwise layers.
 
+With `speaker_dim: 0` the speaker branch is left out: keywords only.
+
 Nothing is normalised over time, and what lies past a clip's end is set to zero after every layer, just
 as a convolution pads. So a clip gives the same outputs alone and padded within a batch.
 """
@@ -43,8 +45,17 @@ class EdgeShape:
     keyword_blocks: int = 4
     speaker_blocks: int = 3
     kernel: int = 9
-    speaker_dim: int = 192
+    speaker_dim: int = 192  # 0: no speaker branch
     dropout: float = 0.1
+
+    @property
+    def tells_speakers(self) -> bool:
+        return self.speaker_dim > 0
+
+    @property
+    def embedding_dim(self) -> int:
+        """Of both branches' frames, side by side."""
+        return self.task_width * (2 if self.tells_speakers else 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +63,9 @@ class EdgeOutputs:
     """B clips, T frames of 50 ms, K labels with background first."""
 
     keyword_logits: Tensor  # [B, T, K]
-    speaker_embedding: Tensor  # [B, speaker_dim], unit length
-    embedding: Tensor  # [B, 2 * task_width], unit length
-    frames: Tensor  # [B, T, 2 * task_width]
+    speaker_embedding: Tensor  # [B, speaker_dim], unit length; of speaker_dim 0, none
+    embedding: Tensor  # [B, embedding_dim], unit length
+    frames: Tensor  # [B, T, embedding_dim]
     mask: Tensor  # [B, T] bool, True within the clip
 
 
@@ -152,10 +163,14 @@ class Edge(nn.Module):
         self.shared = _blocks(shape.shared_blocks, shape.shared_width, shape.kernel)
         self.to_keyword = Widen(shape.shared_width, shape.task_width)
         self.keyword = _blocks(shape.keyword_blocks, shape.task_width, shape.kernel)
-        self.to_speaker = Widen(shape.shared_width, shape.task_width)
-        self.speaker = _blocks(shape.speaker_blocks, shape.task_width, shape.kernel)
+        # In this order, which decides what a seed begins with.
+        if shape.tells_speakers:
+            self.to_speaker = Widen(shape.shared_width, shape.task_width)
+            self.speaker = _blocks(shape.speaker_blocks, shape.task_width, shape.kernel)
         self.dropout = nn.Dropout(shape.dropout)
         self.keyword_head = nn.Conv2d(shape.task_width, labels, 1)
+        if not shape.tells_speakers:
+            return
         self.pool = AttentiveStatistics(shape.task_width)
         self.speaker_head = nn.Sequential(
             nn.BatchNorm1d(2 * shape.task_width),
@@ -198,18 +213,22 @@ class Edge(nn.Module):
         spoken = self.to_keyword(x, mask)
         for block in self.keyword:
             spoken = block(spoken, mask)
-        if shared_gradient != 1.0:
-            x = x * shared_gradient + x.detach() * (1.0 - shared_gradient)
-        voiced = self.to_speaker(x, mask)
-        for block in self.speaker:
-            voiced = block(voiced, mask)
         logits = self.keyword_head(self.dropout(spoken))[:, :, 0].transpose(1, 2)
-        speaker = self.speaker_head(self.dropout(self.pool(voiced, mask)))
-        frames = torch.cat([spoken, voiced], dim=1)[:, :, 0].transpose(1, 2)
+        if self.shape.tells_speakers:
+            if shared_gradient != 1.0:
+                x = x * shared_gradient + x.detach() * (1.0 - shared_gradient)
+            voiced = self.to_speaker(x, mask)
+            for block in self.speaker:
+                voiced = block(voiced, mask)
+            speaker = unit(self.speaker_head(self.dropout(self.pool(voiced, mask))).float())
+            spoken = torch.cat([spoken, voiced], dim=1)
+        else:
+            speaker = logits.new_zeros(len(logits), 0, dtype=torch.float32)
+        frames = spoken[:, :, 0].transpose(1, 2)
         total = frames.float().sum(dim=1)
         return EdgeOutputs(
             keyword_logits=logits.float(),
-            speaker_embedding=unit(speaker.float()),
+            speaker_embedding=speaker,
             embedding=unit(total),
             frames=frames.float(),
             mask=flat_mask > 0,
