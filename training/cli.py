@@ -5,34 +5,31 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from model_store import Bundle, LocalStore, StoreError, builtin_store_path
+from model_store import Bundle, LocalStore, builtin_store_path
 from model_store.store import MANIFEST, open_bundle
-from training.errors import ExportError, ManifestError, MeasurementError, TrainingError
+from training.corpus_cli import corpus
+from training.errors import ExportError, MeasurementError
+from training.terminal import command_line, console, failed, say, told
 
 if importlib.util.find_spec("torch") is None:
     # Told at import, so that `sotto` can say which extra is missing before anything starts.
     raise ModuleNotFoundError("torch", name="torch")
 
 app = typer.Typer(help="Training.")
-corpus = typer.Typer(help="Write the tables of a public corpus that was downloaded.", no_args_is_help=True)
 app.add_typer(corpus, name="corpus")
-console = Console()
 RESULTS = Path("docs/results")
 
 DataRoot = Annotated[Path | None, typer.Option("--data", help="Folder with manifest.csv; default: the recipe's.")]
-CorpusOut = Annotated[Path, typer.Option("--out", help="Folder for the tables.")]
 RunFolder = Annotated[Path | None, typer.Option("--run", help="Run folder; default runs/NAME.")]
 CacheFolder = Annotated[Path, typer.Option("--cache", help="Decoded audio is kept here.")]
+Only = Annotated[list[str] | None, typer.Option(help="Only these rows, and those they begin with.")]
 StopAfter = Annotated[int | None, typer.Option(help="Stop at this step; the same command goes on.")]
 
 
@@ -51,7 +48,7 @@ def train(
     from training.run import train as run_training
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    with _told():
+    with told():
         loaded = load_recipe(recipe)
         if data is not None:
             loaded = loaded.at(data)
@@ -72,7 +69,7 @@ def pretrain(
     from training.pretrain import pretrain as run_pretraining
     from training.recipe import read_recipe
 
-    with _told():
+    with told():
         loaded = read_recipe(recipe, PretrainRecipe)
         loaded = loaded.model_copy(update={"data": data or loaded.data})
         folder = run_pretraining(loaded, run or Path("runs") / loaded.name, cache, stop_after=stop_after)
@@ -93,7 +90,7 @@ def distil(
     from training.distil import distil as run_distillation
     from training.recipe import read_recipe
 
-    with _told():
+    with told():
         loaded = read_recipe(recipe, DistilRecipe)
         loaded = loaded.model_copy(update={"data": data or loaded.data})
         folder = run_distillation(
@@ -116,7 +113,7 @@ def finetune(
     from training.finetune import finetune as run_finetuning
     from training.recipe import read_recipe
 
-    with _told():
+    with told():
         loaded = read_recipe(recipe, FinetuneRecipe)
         loaded = loaded.model_copy(update={"data": data or loaded.data})
         folder = run_finetuning(loaded, run or Path("runs") / loaded.name, cache, init=init, stop_after=stop_after)
@@ -133,7 +130,7 @@ def export(
     """Turn a finished RUN into a draft bundle, after checking the graph against the network."""
     from training.export import export as export_run
 
-    with _told():
+    with told():
         manifest = export_run(run, out or run / "bundle", name=name, data_root=data)
     console.print(f"{out or run / 'bundle'}: {manifest.graph.parameters} parameters")
 
@@ -143,7 +140,7 @@ def compact(draft: Path) -> None:
     """Keep the weights of DRAFT in eight bits: a quarter of the size, as fast. Calibrate and evaluate it afterwards."""
     from training.compact import compact as make_smaller
 
-    with _told():
+    with told():
         manifest = make_smaller(draft)
     console.print(f"{draft}: {manifest.files[manifest.graph.file].size / 1e6:.2f} MB")
 
@@ -153,7 +150,7 @@ def calibrate(draft: Path, data: DataRoot = None) -> None:
     """Fit thresholds and score calibration of DRAFT on the set-aside training speakers, never on dev."""
     from training.calibrate import calibrate as fit
 
-    with _told():
+    with told():
         fit(draft, data_root=data, say=console.print)
 
 
@@ -161,20 +158,26 @@ def calibrate(draft: Path, data: DataRoot = None) -> None:
 def study(
     recipe: Path,
     run: RunFolder = None,
-    page: Annotated[Path | None, typer.Option(help="Where to write the page; default docs/results/NAME.md.")] = None,
+    page: Annotated[
+        Path | None, typer.Option(help="Where to write it; default docs/results/NAME.md, with --only RUN/some.md.")
+    ] = None,
     cache: CacheFolder = Path(".cache"),
     data: DataRoot = None,
     split: Annotated[str, typer.Option(help="Split to report on.")] = "dev",
+    only: Only = None,
 ) -> None:
     """Make a teacher, students from it in the ways that RECIPE lists, measure them all, and write a page."""
     from training.evaluation.page import write_page
-    from training.plan import load_study
+    from training.plan import load_study, only_rows
     from training.study import Setting, run_study
 
-    with _told():
+    with told():
         loaded = load_study(recipe)
-        setting = Setting(run or Path("runs") / loaded.name, cache, split, _command(), _say, data)
-        out = page or RESULTS / f"{loaded.name}.md"
+        if only:
+            loaded, _ = only_rows(loaded, [], only)
+        folder = run or Path("runs") / loaded.name
+        setting = Setting(folder, cache, split, command_line(), say, data, part=bool(only))
+        out = page or (folder / "some.md" if only else RESULTS / f"{loaded.name}.md")
         write_page(run_study(loaded, setting), out)
     console.print(f"page: {out}")
 
@@ -190,19 +193,19 @@ def compare(
     cache: CacheFolder = Path(".cache"),
     data: DataRoot = None,
     split: Annotated[str, typer.Option(help="Split to report on.")] = "dev",
-    only: Annotated[list[str] | None, typer.Option(help="Only these rows, and those they begin with.")] = None,
+    only: Only = None,
 ) -> None:
     """Train several studies of one teacher under one budget, measure them side by side, and write a page."""
     from training.evaluation.page import write_page
     from training.plan import Budget, join_studies, load_study, only_rows, under
     from training.study import Setting, run_study
 
-    with _told():
+    with told():
         joined, sections = join_studies([load_study(recipe) for recipe in recipes])
         if only:
             joined, sections = only_rows(joined, sections, only)
         steps = Budget.parse(budget)
-        setting = Setting(run, cache, split, _command(), _say, data, steps, noisy=True, part=bool(only))
+        setting = Setting(run, cache, split, command_line(), say, data, steps, noisy=True, part=bool(only))
         out = page or (run / "some.md" if only else RESULTS / "papers.md")
         write_page(run_study(under(steps, joined), setting, sections), out)
     console.print(f"page: {out}")
@@ -217,7 +220,7 @@ def report(
     from training.evaluation.page import write_page
     from training.outcome import Outcome
 
-    with _told():
+    with told():
         outcome = Outcome.read(run)
     out = page or RESULTS / f"{run.name}.md"
     write_page(outcome, out)
@@ -258,26 +261,25 @@ def evaluate(
     from training.manifest import read_data
 
     if robust and (row or record):
-        raise _failed(
-            MeasurementError("--robust has rows of its own and records nothing: leave out --row and --record")
-        )
-    with _told():
+        raise failed(MeasurementError("--robust has rows of its own and records nothing: leave out --row and --record"))
+    with told():
         found = _find(bundle, data)
         context = served(found.path) if url is None else nullcontext(ServiceClient(url, api_key))
         with context as client:
             tables = read_data(data)
             if robust:
-                report = evaluate_robustness(client, tables, split=split, command=_command(), say=_say)
+                tasks = ("keywords", "speakers") if client.tells_speakers() else ("keywords",)
+                report = evaluate_robustness(client, tables, split=split, command=command_line(), say=say, tasks=tasks)
             else:
                 report = measure(
                     client,
                     tables,
                     split=split,
-                    rows=row or default_rows(tables),
+                    rows=row or default_rows(tables, speakers=client.tells_speakers()),
                     bundle=found,
                     peers_python=peers,
-                    command=_command(),
-                    say=_say,
+                    command=command_line(),
+                    say=say,
                 )
         if robust:
             out = page or RESULTS / f"robust-{report.model.split('@')[0]}.md"
@@ -295,90 +297,6 @@ def evaluate(
         json_out.write_text(json.dumps(asdict(report), indent=1, ensure_ascii=False))
 
 
-@corpus.command("speech-commands")
-def corpus_speech_commands(
-    root: Path,
-    out: CorpusOut,
-    version: Annotated[str, typer.Option(help="1 for v0.01, 2 for v0.02.")] = "2",
-    classes: Annotated[int, typer.Option(help="35 (every word) or 12 (ten words, unknown, silence).")] = 35,
-) -> None:
-    """Google Speech Commands: both archives of a version, unpacked below ROOT."""
-    from training.corpora import speech_commands
-
-    if version not in {"1", "2"} or classes not in {12, 35}:
-        raise _failed(ManifestError("the version is 1 or 2, the classes are 12 or 35"))
-    _tables(out, lambda: speech_commands(root, out, version=version, classes=classes))  # type: ignore[arg-type]  # checked above
-
-
-@corpus.command("voxceleb")
-def corpus_voxceleb(
-    out: CorpusOut,
-    first: Annotated[Path | None, typer.Option("--vox1", help="Folder of VoxCeleb1.")] = None,
-    second: Annotated[Path | None, typer.Option("--vox2", help="Folder of VoxCeleb2.")] = None,
-    trials: Annotated[Path | None, typer.Option(help="Official list of trials, as veri_test2.txt.")] = None,
-) -> None:
-    """VoxCeleb1, VoxCeleb2, or both."""
-    from training.corpora import voxceleb
-
-    _tables(out, lambda: voxceleb(out, first=first, second=second, trials=trials))
-
-
-@corpus.command("shar")
-def corpus_shar(
-    root: Path,
-    out: CorpusOut,
-    split: Annotated[str, typer.Option(help="Of manifest.csv.")] = "train",
-    shard_size: Annotated[int, typer.Option(min=1, help="Recordings to a shard.")] = 1000,
-) -> None:
-    """The recordings of ROOT/manifest.csv as lhotse shards, for `shar` in a recipe of `pretrain` or `distil`.
-
-    In no particular order, as FLAC at 16 kHz. Shards can be spread over several folders and disks.
-    """
-    import random
-
-    from training.cuts import write_shar
-    from training.manifest import read_data
-
-    with _told():
-        clips = read_data(root).split(split)
-        random.Random(0).shuffle(clips)
-        count = write_shar(clips, out, shard_size=shard_size)
-    console.print(f"{count} recordings in {out}")
-
-
-@corpus.command("librispeech")
-def corpus_librispeech(root: Path, out: CorpusOut) -> None:
-    """The parts of LibriSpeech below ROOT."""
-    from training.corpora import librispeech
-
-    _tables(out, lambda: librispeech(root, out))
-
-
-@corpus.command("musan")
-def corpus_musan(
-    root: Path, out: CorpusOut, kind: Annotated[list[str] | None, typer.Option(help="noise, music, speech.")] = None
-) -> None:
-    """MUSAN, as noises: writes noise.csv, to be put beside another corpus' manifest.csv."""
-    from training.corpora import MUSAN_KINDS, musan
-
-    _tables(out, lambda: musan(root, out, kinds=kind or MUSAN_KINDS))
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """What went wrong in one line, and exit code 1."""
-    try:
-        yield
-    except (TrainingError, StoreError) as error:
-        raise _failed(error) from error
-
-
-def _tables(out: Path, write: Callable[[], int]) -> None:
-    with _told():
-        written = write()
-    console.print(f"{written} recordings in {out}")
-
-
 def _find(bundle: str | None, data: Path) -> Bundle:
     folder = Path(bundle or "")
     if folder.suffix == ".onnx":
@@ -393,18 +311,5 @@ def _find(bundle: str | None, data: Path) -> Bundle:
     if (folder / "run.json").is_file():
         from training.calibrate import bundle_of
 
-        return bundle_of(folder, data, say=_say)
+        return bundle_of(folder, data, say=say)
     return LocalStore(builtin_store_path()).resolve(bundle or "sotto-edge")
-
-
-def _command() -> str:
-    return "sotto " + " ".join(sys.argv[1:])
-
-
-def _say(line: str) -> None:
-    console.print(line, style="dim")
-
-
-def _failed(error: Exception) -> typer.Exit:
-    typer.echo(f"error: {error}", err=True)
-    return typer.Exit(1)

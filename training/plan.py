@@ -187,7 +187,8 @@ def only_rows(
     begun = {row.init for row in rows.values()}
     distil = {name: variant for name, variant in study.distil.items() if name in begun}
     cut = [replace(one, rows=[name for name in one.rows if name in rows]) for one in sections]
-    return study.model_copy(update={"rows": rows, "distil": distil}), [one for one in cut if one.rows]
+    held = {} if study.student in rows else {"student": "", "marks": {}}
+    return study.model_copy(update={"rows": rows, "distil": distil, **held}), [one for one in cut if one.rows]
 
 
 def under(budget: Budget, joined: StudyRecipe) -> StudyRecipe:

@@ -325,6 +325,15 @@ def test_rows_are_cut_down_to_those_asked_for_and_what_they_begin_with() -> None
         only_rows(joined, sections, ["nobody"])
 
 
+def test_a_study_without_the_row_that_is_held_against_the_marks_has_none() -> None:
+    study = load_study(REPOSITORY / "training/recipes/kerpicci.yaml")
+    cut, _ = only_rows(study, [], ["undistilled"])
+    assert (list(cut.rows), cut.student, cut.marks) == (["reference", "undistilled"], "", {})
+    whole, _ = only_rows(study, [], ["longer"])
+    assert list(whole.rows) == ["reference", "taught", "longer"]
+    assert (whole.student, whole.marks) == ("longer", study.marks)
+
+
 MASKS = {"mode": "masks", "masks": {"sparsity": 0.2}}
 
 
