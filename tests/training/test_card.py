@@ -67,3 +67,6 @@ def test_a_tuned_model_is_rebuilt_by_fine_tuning() -> None:
         "make teachers peers",
         "make train RECIPE=training/recipes/edge-again.yaml",
     ]
+    assert not any("compact" in line for line in rebuild("sotto-edge", taught))
+    small = rebuild("sotto-edge", taught, "int8")
+    assert small[3] == ".venv-dev/bin/sotto compact runs/edge-again/bundle"
