@@ -329,8 +329,8 @@ def _optimizer(job: Job[Any]) -> torch.optim.AdamW:
 
 
 def _attend_plainly(stage: nn.Module) -> None:
-    """Attention as written. Backward through torch's fused kernel takes a third of a step on a CPU, six times as long
-    as through the plain products: clips are short, so there is no memory to save."""
+    """Attention as written. Backward through torch's fused kernel takes a third of a step on a CPU, nearly all of
+    which the plain products save: clips are short, so there is no memory to save."""
     for module in stage.modules():
         if isinstance(module, PreTrainedModel):
             module.set_attn_implementation("eager")
