@@ -37,7 +37,7 @@ def overload(setting: Setting) -> list[str]:
         f"{found.in_time / found.seconds:.0f}/s are answered in time, {found.in_time / found.seconds / capacity:.0%} "
         "of "
         f"capacity (bar: 90 %), and {found.in_time / max(1, accepted):.1%} of those accepted within the deadline. "
-        f"Answers: {statuses}; what was never answered is in none of the shares but the last.",
+        f"Answers: {statuses}; those never answered count as accepted.",
     ]
 
 
