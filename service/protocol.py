@@ -1,7 +1,8 @@
 """HTTP/1.1 and WebSockets with clients that are slow, greedy or many. uvicorn bounds none of these by itself:
 
-a head that trickles in or has no end, a body slower than `least_body_rate`, an answer that nobody reads, and more
-connections than `limit_connections`, past which only probes and metrics are answered (past twice as many, nothing).
+a head that trickles in or has no end, a body slower than `least_body_rate`, an answer that nobody reads, more
+connections than `limit_connections`, past which only probes and metrics are answered (past twice as many, nothing), and
+more requests than can be answered in time: those are turned away at their head (`congestion.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
+from service.congestion import SHARE, Congestion
 from service.errors import HeadTooLargeError, OverloadedError, RequestTooSlowError, ServiceError, problem_response
 from service.metrics import Metrics
 from service.settings import Settings
@@ -35,6 +37,9 @@ RETRY_AFTER_S = 2.0
 ABANDONED = "abandoned"
 # Answered however many connections there are, or Kubernetes would restart a service for being popular.
 ALWAYS_ANSWERED = frozenset(("/healthz", "/readyz", "/metrics"))
+# What is turned away may be read to its end, so that the client keeps its connection, if it is no longer than this.
+MOST_UNWANTED_BYTES = 2**20
+TIMEOUT_HEADER = b"x-request-timeout-ms"
 # Times `limit_connections`: here even an answer would cost too much.
 NOT_ACCEPTED = 2
 # What we send on a stream are small messages: whoever leaves so much of them unread does so on purpose.
@@ -44,18 +49,20 @@ UNREAD_LOOK_EVERY_S = 1.0
 MOST_PIECES = 1000
 
 
-def protocol_for(settings: Settings, metrics: Metrics) -> type[HttpToolsProtocol]:
+def protocol_for(settings: Settings, metrics: Metrics) -> type[BoundedHttp]:
     """The protocol class for uvicorn, which makes one for each connection by itself."""
 
-    class Bounded(_BoundedHttp):
+    class Bounded(BoundedHttp):
         bounds = settings
+        congestion = Congestion()
         refused = staticmethod(lambda code: metrics.rejects.labels(code).inc())
 
     return Bounded
 
 
-class _BoundedHttp(HttpToolsProtocol):
+class BoundedHttp(HttpToolsProtocol):
     bounds: Settings
+    congestion: Congestion
     refused: Callable[[str], None]
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -65,6 +72,8 @@ class _BoundedHttp(HttpToolsProtocol):
         self._body_bytes = 0
         self._body_since = 0.0
         self._receiving: TimerHandle | None = None
+        self._under_way = 0
+        self._turned_away = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
@@ -82,10 +91,8 @@ class _BoundedHttp(HttpToolsProtocol):
         # body whose answer is out), nothing else would ever end this one.
         waits = self.cycle is not None and self.cycle.response_complete and not self.pipeline
         timed = self._receiving is not None or self.timeout_keep_alive_task is not None
-        if waits and not timed and not self.transport.is_closing():
-            self.timeout_keep_alive_task = self.loop.call_later(
-                self.timeout_keep_alive, self.timeout_keep_alive_handler
-            )
+        if waits and not timed:
+            self._await_next()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -106,8 +113,11 @@ class _BoundedHttp(HttpToolsProtocol):
         self._receiving = self.loop.call_later(BODY_LOOK_EVERY_S, self._look_at_body)
         path = self.url.partition(b"?")[0].decode("latin-1")
         app = self.app
-        if crowded and path not in ALWAYS_ANSWERED:
-            self.app = self._refuse_crowd
+        if path not in ALWAYS_ANSWERED:
+            if crowded:
+                self.app = self._refuse_crowd
+            elif (wait_s := self.congestion.wait_s) and self._turn_away(wait_s):
+                return
         try:
             super().on_headers_complete()
         finally:
@@ -118,12 +128,27 @@ class _BoundedHttp(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)
-        super().on_body(body)
+        if not self._turned_away:
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._stop()
         self._head_bytes = 0
+        if self._turned_away:
+            self._turned_away = False
+            self._await_next()
+            return
+        # Where it was answered at its head there is nothing more to wait for.
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._under_way += 1
+            self.congestion.begin()
         super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        if self._under_way:
+            self._under_way -= 1
+            self.congestion.end()
+        super().on_response_complete()
 
     def handle_websocket_upgrade(self) -> None:
         self._stop()
@@ -132,6 +157,9 @@ class _BoundedHttp(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop()
+        while self._under_way:
+            self._under_way -= 1
+            self.congestion.end()
         super().connection_lost(exc)
 
     def _wait_for_head(self) -> None:
@@ -143,11 +171,18 @@ class _BoundedHttp(HttpToolsProtocol):
         elapsed_s = self.loop.time() - self._body_since
         least = self.bounds.least_body_rate
         # While uvicorn does not read, or has not told the client to go on, the client is not to blame.
-        ours = self.flow.read_paused or self.cycle.waiting_for_100_continue
+        ours = self.flow.read_paused or (self.cycle is not None and self.cycle.waiting_for_100_continue)
         if elapsed_s > BODY_GRACE_S and self._body_bytes < least * elapsed_s and not ours:
             self._refuse(RequestTooSlowError(f"the body comes in at less than {least} bytes a second"))
             return
         self._receiving = self.loop.call_later(BODY_LOOK_EVERY_S, self._look_at_body)
+
+    def _await_next(self) -> None:
+        """Keep the connection for another request, not for ever."""
+        if not self.transport.is_closing():
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def _stop(self) -> None:
         if self._receiving is not None:
@@ -162,15 +197,32 @@ class _BoundedHttp(HttpToolsProtocol):
         self.refused(error.code)
         cycle = self.cycle
         silent = cycle is not None and (not cycle.response_complete if self._in_head else cycle.response_started)
-        if not silent:
-            response = problem_response(error, "")
-            response.headers["connection"] = "close"
-            response.headers["x-request-id"] = f"{random.getrandbits(128):032x}"
-            status = HTTPStatus(error.status)
-            lines = [f"HTTP/1.1 {status.value} {status.phrase}".encode()]
-            lines += [name + b": " + text for name, text in response.raw_headers]
-            self.transport.write(b"\r\n".join([*lines, b"", bytes(response.body)]))
+        if not silent and not self._turned_away:
+            self.transport.write(_answer(error, "", close=True))
         self.transport.close()
+
+    def _turn_away(self, wait_s: float) -> bool:
+        """Answer a request at its head if its time is too short for such a wait."""
+        headers = dict(self.headers)
+        asked = headers.get(TIMEOUT_HEADER, b"")
+        given_s = self.bounds.request_timeout_s
+        # What is no number is told so by the route, should it get there.
+        if asked.isdigit() and len(asked) <= 9:
+            given_s = min(given_s, int(asked) / 1000)
+        earlier = self.cycle is not None and not self.cycle.response_complete
+        if wait_s <= SHARE * given_s or earlier:
+            return False
+        error = OverloadedError(f"it would take {wait_s:.1f} s", retry_after_s=wait_s - SHARE * given_s)
+        length = headers.get(b"content-length", b"" if b"transfer-encoding" in headers else b"0")
+        short = length.isdigit() and int(length) <= MOST_UNWANTED_BYTES and not self.expect_100_continue
+        if not short or not self.parser.should_keep_alive() or self.parser.get_method() == b"HEAD":
+            self._in_head = True
+            self._refuse(error)
+        else:
+            self.refused(error.code)
+            self.transport.write(_answer(error, self.url.partition(b"?")[0].decode("latin-1"), close=False))
+        self._turned_away = True
+        return True
 
     async def _refuse_crowd(self, scope: Any, receive: Any, send: Any) -> None:
         """An ASGI application that is always full."""
@@ -239,6 +291,18 @@ async def cut_off_unread(connections: Collection[Any], timeout_s: float) -> None
                 greedy = isinstance(connection, BoundedStream) and size > MOST_UNREAD_BYTES
                 if greedy or now - since >= timeout_s:
                     transport.abort()
+
+
+def _answer(error: ServiceError, path: str, *, close: bool) -> bytes:
+    """The whole response; what gives it has no ASGI application to ask."""
+    response = problem_response(error, path)
+    response.headers["x-request-id"] = f"{random.getrandbits(128):032x}"
+    if close:
+        response.headers["connection"] = "close"
+    status = HTTPStatus(error.status)
+    lines = [f"HTTP/1.1 {status.value} {status.phrase}".encode()]
+    lines += [name + b": " + text for name, text in response.raw_headers]
+    return b"\r\n".join([*lines, b"", bytes(response.body)])
 
 
 def _crowd() -> OverloadedError:

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 import uvicorn
 
 from service.app import create_app
-from service.protocol import NOT_ACCEPTED, BoundedStream, cut_off_unread, protocol_for
+from service.listening import Listener
+from service.protocol import NOT_ACCEPTED, BoundedHttp, BoundedStream, cut_off_unread, protocol_for
 from service.runtime import Runtime
 from service.settings import Settings
 
@@ -42,9 +43,17 @@ class Server(uvicorn.Server):
         self._cutting: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        # Without listeners of its own: the sockets get ours.
+        await super().startup([])
         if not self.started:
             return
+        kind: type[BoundedHttp] = self.config.http_protocol_class  # type: ignore[assignment]  # `run` chose it
+
+        def protocol() -> BoundedHttp:
+            return kind(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+
+        backlog = self.config.backlog
+        self.servers = [Listener(bound, protocol, backlog) for bound in sockets or []]  # type: ignore[misc]  # all that uvicorn asks of a server
         # Also while it drains: a client that does not read must not use up the grace.
         self._cutting = asyncio.create_task(
             cut_off_unread(self.server_state.connections, self._settings.send_timeout_s)
@@ -122,7 +131,7 @@ def run(settings: Settings) -> int:
     # In the lifespan a failure would be uvicorn's, told as a traceback.
     runtime.start()
     server = Server(config, settings, runtime)
-    server.run()
+    server.run([config.bind_socket()])
     return 0 if server.started else 1
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-import uvicorn
 from starlette.testclient import TestClient
 
 from service import audio
@@ -21,11 +19,11 @@ from service.protocol import protocol_for
 from service.runtime import Runtime
 from service.settings import Settings
 from tests.conftest import encoded, voice
+from tests.service.threads import PATIENCE_S, serving, until
 
 DETECT = "/v1/keywords/detect"
 WAV = {"Content-Type": "audio/wav"}
 CLIP = encoded(voice(1.0))
-PATIENCE_S = 60.0
 CALL_TIMEOUT_S = 1.0
 
 
@@ -79,13 +77,6 @@ def detect(client: TestClient) -> httpx.Response:
 def metric(client: TestClient, name: str) -> float:
     line = next(line for line in client.get("/metrics").text.splitlines() if line.startswith(name))
     return float(line.rsplit(" ", 1)[1])
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(("fault", "kind"), [("fail", "call"), ("die", "restart")])
@@ -144,42 +135,27 @@ def test_what_follows_the_graph_fails(client: TestClient, monkeypatch: pytest.Mo
 def test_the_clip_of_a_client_that_left_is_not_computed(tmp_path: Path, faults: Faults) -> None:
     settings = Settings(data_dir=tmp_path, inference_threads=1, max_batch=1)
     app = create_app(settings)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-        http = protocol_for(settings, app.state.runtime.metrics)
-        server = uvicorn.Server(uvicorn.Config(app, http=http, log_level="warning", access_log=False))
-        serving = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        serving.start()
-        until(lambda: server.started)
+    with serving(app, protocol_for(settings, app.state.runtime.metrics)) as (server, port):
         base = f"http://127.0.0.1:{port}"
-        try:
-            faults.now = faults.hang
-            first: list[int] = []
-            asking = threading.Thread(
-                target=lambda: first.append(
-                    httpx.post(base + DETECT, content=CLIP, headers=WAV, timeout=30).status_code
-                )
-            )
-            asking.start()
-            assert faults.entered.acquire(timeout=PATIENCE_S)
-            faults.now = lambda: None
-            head = (
-                f"POST {DETECT} HTTP/1.1\r\nHost: x\r\nContent-Type: audio/wav\r\nContent-Length: {len(CLIP)}\r\n\r\n"
-            )
-            runtime: Runtime = app.state.runtime
-            with socket.create_connection(("127.0.0.1", port)) as leaving:
-                leaving.sendall(head.encode() + CLIP)
-                until(lambda: runtime.metrics.queue_depth._value.get() == 1)
-            calls = faults.calls
-            # Until the service has noticed, which takes a turn of its loop.
-            until(lambda: len(server.server_state.connections) <= 1)
-            faults.go_on.set()
-            asking.join(PATIENCE_S)
-            dropped = 'sotto_dropped_total{reason="abandoned"} 1.0'
-            until(lambda: dropped in httpx.get(base + "/metrics").text)
-            assert first == [200]
-            assert faults.calls == calls
-        finally:
-            server.should_exit = True
-            serving.join(PATIENCE_S)
+        faults.now = faults.hang
+        first: list[int] = []
+        asking = threading.Thread(
+            target=lambda: first.append(httpx.post(base + DETECT, content=CLIP, headers=WAV, timeout=30).status_code)
+        )
+        asking.start()
+        assert faults.entered.acquire(timeout=PATIENCE_S)
+        faults.now = lambda: None
+        head = f"POST {DETECT} HTTP/1.1\r\nHost: x\r\nContent-Type: audio/wav\r\nContent-Length: {len(CLIP)}\r\n\r\n"
+        runtime: Runtime = app.state.runtime
+        with socket.create_connection(("127.0.0.1", port)) as leaving:
+            leaving.sendall(head.encode() + CLIP)
+            until(lambda: runtime.metrics.queue_depth._value.get() == 1)
+        calls = faults.calls
+        # Until the service has noticed, which takes a turn of its loop.
+        until(lambda: len(server.server_state.connections) <= 1)
+        faults.go_on.set()
+        asking.join(PATIENCE_S)
+        dropped = 'sotto_dropped_total{reason="abandoned"} 1.0'
+        until(lambda: dropped in httpx.get(base + "/metrics").text)
+        assert first == [200]
+        assert faults.calls == calls

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,9 +13,9 @@ import pytest
 
 from service.protocol import MOST_HEAD_BYTES
 from tests.conftest import RunningService, encoded, start_service, stop_service, voice
+from tests.service.threads import PATIENCE_S, until
 
 HEAD = b"POST /v1/keywords/detect HTTP/1.1\r\nHost: x\r\nContent-Type: audio/wav\r\nContent-Length: 100000\r\n\r\n"
-PATIENCE_S = 60.0
 
 
 def dial(service: RunningService) -> socket.socket:
@@ -197,10 +196,3 @@ def connections(service: RunningService) -> int:
     lines = Path(f"/proc/{service.process.pid}/net/tcp").read_text().splitlines()[1:]
     inodes = {line.split()[9] for line in lines if line.split()[1].endswith(f":{port:04X}") and line.split()[3] == "01"}
     return len(inodes)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)

@@ -1,0 +1,51 @@
+"""How much is under way, how fast it is answered, and so how long what comes in now would wait.
+
+The batcher turns away what it cannot compute in time. But it is asked only after a request was read, routed and
+decoded, which takes the event loop about as long as answering takes a core: at twice its capacity a service that waits
+until then spends itself on refusals, and what it accepts is late. Here the whole way is counted, and a request can be
+turned away with its head.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+# So few requests cannot be too many, whatever holds them up; the batcher still guards its own queue.
+FEW = 64
+# Weight of the newest answer in the running estimate of the time between two.
+PACE_MEMORY = 0.02
+# Of the time a client gives, what the wait may take. As much again passes before a head is read and after the answer is
+# there, and the pace is an estimate: with a half, at twice the capacity, a fourth of what was accepted came too late.
+SHARE = 0.25
+
+
+class Congestion:
+    """Of one event loop; not for several threads."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._under_way = 0
+        self._between_s = 0.0
+        self._last: float | None = None
+
+    def begin(self) -> None:
+        """A request is there as a whole."""
+        self._under_way += 1
+
+    def end(self) -> None:
+        """It was answered, or its client went away."""
+        self._under_way -= 1
+        if self._under_way < FEW:
+            # What follows may have waited for clients, not for us.
+            self._last = None
+            return
+        now = self._clock()
+        if self._last is not None:
+            self._between_s += PACE_MEMORY * (now - self._last - self._between_s)
+        self._last = now
+
+    @property
+    def wait_s(self) -> float:
+        """How long a request that comes in now would be under way; 0 while there are few."""
+        return self._under_way * self._between_s if self._under_way >= FEW else 0.0

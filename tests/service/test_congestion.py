@@ -1,0 +1,169 @@
+"""Requests whose turn would come too late are turned away at their head, and nothing else is."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from service.app import create_app
+from service.congestion import FEW, SHARE, Congestion
+from service.protocol import MOST_UNWANTED_BYTES, BoundedHttp, protocol_for
+from service.settings import Settings
+from tests.conftest import encoded, voice
+from tests.service.threads import PATIENCE_S, serving, until
+
+DETECT = "/v1/keywords/detect"
+CLIP = encoded(voice(1.0))
+WAV = {"Content-Type": "audio/wav"}
+
+
+class Clock:
+    """Moved by hand."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def crowd(clock: Clock, *, under_way: int, answers: int, each_s: float) -> Congestion:
+    """After so many answers, so far apart, with always as many under way."""
+    congestion = Congestion(clock)
+    for _ in range(under_way):
+        congestion.begin()
+    for _ in range(answers):
+        congestion.begin()
+        clock.now += each_s
+        congestion.end()
+    return congestion
+
+
+def test_the_wait_is_what_is_under_way_at_the_pace_of_answers() -> None:
+    found = crowd(Clock(), under_way=200, answers=1000, each_s=0.01)
+    assert found.wait_s == pytest.approx(200 * 0.01, rel=0.01)
+
+
+def test_few_requests_wait_for_nothing_however_slow_they_are() -> None:
+    assert crowd(Clock(), under_way=FEW - 2, answers=1000, each_s=1.0).wait_s == 0
+
+
+def test_a_quiet_time_is_no_slow_answer() -> None:
+    clock = Clock()
+    found = crowd(clock, under_way=FEW, answers=1000, each_s=0.001)
+    for _ in range(FEW):
+        found.end()
+    clock.now += 3600
+    for _ in range(FEW + 1):
+        found.begin()
+    found.end()
+    assert found.wait_s == pytest.approx(FEW * 0.001, rel=0.01)
+
+
+class Crowded(Congestion):
+    """Says what it is told to say, and counts as ever."""
+
+    told_s = 0.0
+
+    @property
+    def wait_s(self) -> float:
+        return self.told_s
+
+    @property
+    def under_way(self) -> int:
+        return self._under_way
+
+
+@pytest.fixture
+def http(tmp_path: Path) -> Iterator[tuple[type[BoundedHttp], Crowded, int]]:
+    app = create_app(Settings(data_dir=tmp_path, inference_threads=1, request_timeout_s=10.0))
+    kind = protocol_for(Settings(data_dir=tmp_path, request_timeout_s=10.0), app.state.runtime.metrics)
+    kind.congestion = crowded = Crowded()
+    with serving(app, kind) as (_, port):
+        yield kind, crowded, port
+
+
+def test_who_has_time_is_answered_and_who_has_not_is_told_when_to_come_again(
+    http: tuple[type[BoundedHttp], Crowded, int],
+) -> None:
+    _, crowded, port = http
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client:
+        crowded.told_s = 10.0 * SHARE - 0.1
+        assert client.post(DETECT, content=CLIP, headers=WAV).status_code == 200
+        hasty = {**WAV, "X-Request-Timeout-Ms": "1000"}
+        ports = []
+        for _ in range(3):
+            refused = client.post(DETECT, content=CLIP, headers=hasty)
+            assert (refused.status_code, refused.json()["code"]) == (503, "overloaded")
+            assert refused.json()["instance"] == DETECT
+            assert int(refused.headers["retry-after"]) == 3
+            assert refused.headers["x-request-id"]
+            ports.append(refused.extensions["network_stream"].get_extra_info("client_addr"))
+        assert len(set(ports)) == 1, "the connection is kept"
+        assert client.post(DETECT, content=CLIP, headers=WAV).status_code == 200
+        crowded.told_s = 10.0 * SHARE + 0.1
+        assert client.post(DETECT, content=CLIP, headers=WAV).status_code == 503
+        for path in ("/healthz", "/readyz", "/metrics"):
+            assert client.get(path).status_code == 200
+        assert 'sotto_rejects_total{reason="overloaded"} 4.0' in client.get("/metrics").text
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        f"Content-Length: {MOST_UNWANTED_BYTES + 1}\r\n",
+        "Transfer-Encoding: chunked\r\n",
+        "Content-Length: 5\r\nExpect: 100-continue\r\n",
+        "Content-Length: 5\r\nConnection: close\r\n",
+    ],
+)
+def test_what_need_not_be_read_to_its_end_is_not(http: tuple[type[BoundedHttp], Crowded, int], head: str) -> None:
+    _, crowded, port = http
+    crowded.told_s = 60.0
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as asking:
+        asking.sendall(f"POST {DETECT} HTTP/1.1\r\nHost: x\r\n{head}\r\n".encode())
+        answer = b""
+        while piece := asking.recv(2**16):
+            answer += piece
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b"connection: close" in answer
+    assert answer.count(b"HTTP/1.1") == 1
+
+
+def test_the_body_of_what_was_turned_away_does_not_become_a_request(
+    http: tuple[type[BoundedHttp], Crowded, int],
+) -> None:
+    _, crowded, port = http
+    crowded.told_s = 60.0
+    inner = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    head = f"POST {DETECT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(inner)}\r\n\r\n".encode()
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as asking:
+        asking.sendall(head)
+        answer = asking.recv(2**16)
+        asking.sendall(inner)
+        asking.sendall(b"GET /v1/keywords HTTP/1.1\r\nHost: x\r\n\r\n")
+        answer += asking.recv(2**16)
+    assert answer.count(b"HTTP/1.1 503 ") == answer.count(b"HTTP/1.1 ") == 2
+
+
+def test_what_is_under_way_is_counted_until_it_is_answered_or_its_client_left(
+    http: tuple[type[BoundedHttp], Crowded, int],
+) -> None:
+    _, crowded, port = http
+    head = f"POST {DETECT} HTTP/1.1\r\nHost: x\r\nContent-Type: audio/wav\r\nContent-Length: {len(CLIP)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as asking:
+        asking.sendall(head.encode() + CLIP[:-1])
+        asking.sendall(CLIP[-1:])
+        asking.recv(2**16)
+        # Answered at its head, so never a whole request under way.
+        asking.sendall(b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n")
+        asking.recv(2**16)
+        for _ in range(8):
+            asking.sendall(head.encode() + CLIP)
+    until(lambda: crowded.under_way == 0)
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client:
+        assert client.post(DETECT, content=CLIP, headers=WAV).status_code == 200
+    assert crowded.under_way == 0

@@ -1,0 +1,81 @@
+"""Connections are taken in all at once."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterator
+
+import pytest
+import uvloop
+
+from service import listening
+from service.listening import Listener
+
+WAITING = 100
+
+
+class Counting(asyncio.Protocol):
+    """Counts connections."""
+
+    made = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:  # noqa: ARG002  asyncio gives it
+        Counting.made += 1
+
+
+@pytest.fixture
+def bound() -> Iterator[socket.socket]:
+    with socket.socket() as made:
+        made.bind(("127.0.0.1", 0))
+        yield made
+
+
+def run(work: object) -> None:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(work)  # type: ignore[arg-type]  # a coroutine
+
+
+def test_all_that_wait_are_taken_in_within_a_few_turns(bound: socket.socket) -> None:
+    async def work() -> None:
+        Counting.made = 0
+        listener = Listener(bound, Counting, backlog=2 * WAITING)
+        waiting = [socket.create_connection(bound.getsockname()) for _ in range(WAITING)]
+        turns = 0
+        while Counting.made < WAITING and turns < WAITING:
+            await asyncio.sleep(0)
+            turns += 1
+        for one in waiting:
+            one.close()
+        listener.close()
+        await listener.wait_closed()
+        assert Counting.made == WAITING
+        assert turns < WAITING / 5
+
+    run(work())
+
+
+def test_a_system_that_gives_no_more_is_asked_again_later(
+    bound: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listening, "PAUSE_S", 0.05)
+    failures = [OSError(24, "Too many open files")]
+
+    class Exhausted(socket.socket):
+        def accept(self) -> tuple[socket.socket, object]:
+            if failures:
+                raise failures.pop()
+            return super().accept()
+
+    async def work() -> None:
+        Counting.made = 0
+        listener = Listener(Exhausted(fileno=bound.dup().detach()), Counting, backlog=8)
+        with socket.create_connection(bound.getsockname()):
+            for _ in range(200):
+                await asyncio.sleep(0.01)
+                if Counting.made:
+                    break
+        listener.close()
+        assert (failures, Counting.made) == ([], 1)
+
+    run(work())
