@@ -13,6 +13,7 @@ from model_store.manifest import (
     Manifest,
     Metric,
     SpeakerInfo,
+    StreamInfo,
 )
 from model_store.reference import ModelReference
 from model_store.store import Bundle, LocalStore, builtin_store_path
@@ -37,6 +38,7 @@ __all__ = [
     "ModelReference",
     "SpeakerInfo",
     "StoreError",
+    "StreamInfo",
     "builtin_store_path",
     "verify_bundle",
 ]

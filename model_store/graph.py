@@ -17,14 +17,23 @@ from google.protobuf.message import DecodeError
 from model_store.errors import BundleError
 from model_store.manifest import Manifest
 
-INPUTS: dict[str, tuple[int, int]] = {"waveform": (onnx.TensorProto.FLOAT, 2), "lengths": (onnx.TensorProto.INT64, 1)}
-OUTPUTS: dict[str, tuple[int, int]] = {
+# Name -> element type and rank.
+Values = dict[str, tuple[int, int]]
+INPUTS: Values = {"waveform": (onnx.TensorProto.FLOAT, 2), "lengths": (onnx.TensorProto.INT64, 1)}
+OUTPUTS: Values = {
     "keyword_logits": (onnx.TensorProto.FLOAT, 3),
     "speaker_embedding": (onnx.TensorProto.FLOAT, 2),
     "embedding": (onnx.TensorProto.FLOAT, 2),
     "frames": (onnx.TensorProto.FLOAT, 3),
 }
 SPEAKER = "speaker_embedding"
+STREAM_INPUTS: Values = {
+    "samples": (onnx.TensorProto.FLOAT, 2),
+    "position": (onnx.TensorProto.INT64, 1),
+    "length": (onnx.TensorProto.INT64, 1),
+    "state": (onnx.TensorProto.FLOAT, 2),
+}
+STREAM_OUTPUTS: Values = {"keyword_logits": (onnx.TensorProto.FLOAT, 3), "new_state": (onnx.TensorProto.FLOAT, 2)}
 OPERATOR_DOMAINS = frozenset({"", "ai.onnx", "com.microsoft"})
 MOST_NODES = 20_000
 # ONNX Runtime takes a file with this mark at byte 4 for its own format, in which nothing here has been checked.
@@ -33,7 +42,16 @@ RUNTIME_FORMAT_MARK = b"ORTM"
 
 def check_graph(data: bytes, manifest: Manifest) -> None:
     """Raises BundleError where the graph reaches outside itself, breaks the contract or is no ONNX."""
-    name = manifest.graph.file
+    outputs = {own: OUTPUTS[own] for own in outputs_of(manifest)}
+    _check(manifest.graph.file, data, manifest.graph.opset, INPUTS, outputs)
+
+
+def check_stream_graph(data: bytes, name: str, opset: int) -> None:
+    """The same for a streaming graph (model_store/streaming.py)."""
+    _check(name, data, opset, STREAM_INPUTS, STREAM_OUTPUTS)
+
+
+def _check(name: str, data: bytes, opset: int, inputs: Values, outputs: Values) -> None:
     if data[4:8] == RUNTIME_FORMAT_MARK:
         raise BundleError(f"{name} is marked as what ONNX Runtime would read as its own format, not as ONNX")
     try:
@@ -43,9 +61,9 @@ def check_graph(data: bytes, manifest: Manifest) -> None:
     for tensor in _tensors(model):
         if tensor.data_location == onnx.TensorProto.EXTERNAL or len(tensor.external_data) > 0:
             raise BundleError(f"{name}: tensor {tensor.name!r} keeps its data in another file")
-    _check_operators(name, model, manifest.graph.opset)
-    _check_values(name, "input", model.graph.input, INPUTS)
-    _check_values(name, "output", model.graph.output, {own: OUTPUTS[own] for own in outputs_of(manifest)})
+    _check_operators(name, model, opset)
+    _check_values(name, "input", model.graph.input, inputs)
+    _check_values(name, "output", model.graph.output, outputs)
 
 
 def outputs_of(manifest: Manifest) -> tuple[str, ...]:
@@ -72,8 +90,8 @@ def _check_operators(name: str, model: onnx.ModelProto, opset: int) -> None:
         raise BundleError(f"{name} is opset {sorted(found)}, the manifest says {opset}")
 
 
-def _check_values(name: str, kind: str, values: object, wanted: dict[str, tuple[int, int]]) -> None:
-    found: dict[str, tuple[int, int]] = {}
+def _check_values(name: str, kind: str, values: object, wanted: Values) -> None:
+    found: Values = {}
     for value in values:  # type: ignore[attr-defined]  # protobuf's containers carry no types
         tensor = value.type.tensor_type
         found[value.name] = (tensor.elem_type, len(tensor.shape.dim))

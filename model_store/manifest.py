@@ -63,6 +63,16 @@ class GraphInfo(_Strict):
     weights: Literal["float32", "int8"] = "float32"
 
 
+class StreamInfo(_Strict):
+    """The ONNX file that gives the keyword logits of audio that is still coming (model_store/streaming.py)."""
+
+    file: FileName
+    # A frame's logits are there once so many frames more were heard.
+    delay_frames: int = Field(ge=0, le=1000)
+    # float32 values that a stream keeps between two calls.
+    state_size: int = Field(gt=0, le=2**24)
+
+
 class Keyword(_Strict):
     """One label, `language:word`, and the score from which it counts as detected."""
 
@@ -149,6 +159,8 @@ class Manifest(_Strict):
     licence: str = Field(min_length=1)
     files: dict[FileName, FileEntry]
     graph: GraphInfo
+    # None: streams are heard by the clip graph over sliding windows.
+    stream: StreamInfo | None = None
     audio: AudioLimits
     keywords: KeywordInfo
     # None: the graph has no `speaker_embedding`, so nobody can be enrolled with it.
@@ -163,6 +175,8 @@ class Manifest(_Strict):
         needed = {self.graph.file, self.golden_file, "MODEL_CARD.md"}
         if self.speaker is not None and self.speaker.cohort_file is not None:
             needed.add(self.speaker.cohort_file)
+        if self.stream is not None:
+            needed.add(self.stream.file)
         absent = sorted(needed - set(self.files))
         if absent:
             raise ValueError(f"files does not list {', '.join(absent)}")

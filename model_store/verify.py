@@ -9,12 +9,15 @@ import numpy as np
 
 from model_store import golden
 from model_store.errors import BundleError
-from model_store.graph import OUTPUTS, SPEAKER, check_graph, outputs_of
+from model_store.graph import OUTPUTS, SPEAKER, check_graph, check_stream_graph, outputs_of
 from model_store.inference import Session, open_session
 from model_store.store import MANIFEST, Bundle
+from model_store.streaming import Chunk, StreamingGraph
 
 # Neighbours for the batch check: a louder one and one so quiet that any shared scale would show.
 NEIGHBOUR_GAINS = (1.0, 8.0, 0.001)
+# Frames at a time in which the streaming graph is given the golden clip.
+STREAM_CHUNKS = (1, 4)
 # How far a unit vector's length may be from 1: far above float32 rounding, far below what moves a score.
 UNIT_TOLERANCE = 1e-3
 
@@ -29,12 +32,19 @@ def verify_bundle(bundle: Bundle) -> None:
     contents = {name: bundle.read(name) for name in bundle.manifest.files}
     graph = contents[bundle.manifest.graph.file]
     check_graph(graph, bundle.manifest)
+    stream = bundle.manifest.stream
+    if stream is not None:
+        check_stream_graph(contents[stream.file], stream.file, bundle.manifest.graph.opset)
     waveform, expected = golden.unpack(contents[bundle.manifest.golden_file], outputs_of(bundle.manifest))
     _check_cohort(bundle, contents)
     session = _session(graph)
     _check_golden(session, waveform, expected)
     _check_dimensions(bundle, expected)
     _check_invariance(session, waveform, expected)
+    if stream is not None:
+        hop = round(bundle.manifest.keywords.frame_hop_s * bundle.manifest.audio.sample_rate_hz)
+        streaming = StreamingGraph(_session(contents[stream.file]), stream, hop=hop)
+        _check_stream(streaming, waveform, expected["keyword_logits"])
 
 
 def _check_listing(bundle: Bundle) -> None:
@@ -58,6 +68,29 @@ def read_cohort(data: bytes, dim: int) -> golden.Array:
     if not np.allclose(np.linalg.norm(cohort, axis=1), 1.0, rtol=0, atol=UNIT_TOLERANCE):
         raise BundleError("the cohort's rows are not unit vectors")
     return cohort
+
+
+def _check_stream(graph: StreamingGraph, waveform: golden.Array, logits: golden.Array) -> None:
+    """The golden clip chunk by chunk, alone and beside a stream that is elsewhere, gives what it gives as a whole."""
+    try:
+        for frames in STREAM_CHUNKS:
+            golden.compare(f"golden clip by {frames} frames", logits, graph.whole(waveform, frames=frames))
+        size = graph.hop
+        loud = np.resize(np.clip(waveform * np.float32(NEIGHBOUR_GAINS[1]), -1, 1), 2 * size).astype(np.float32)
+        own, other = graph.begin(), graph.begin()
+        ((_, other),) = graph.run([Chunk(other, loud)])
+        parts = []
+        for begin in range(0, len(waveform) - size + 1, size):
+            (found, own), (_, other) = graph.run(
+                [Chunk(own, waveform[begin : begin + size]), Chunk(other, loud[:size])]
+            )
+            parts.append(found)
+    except BundleError:
+        raise
+    except Exception as error:
+        raise BundleError(f"the streaming graph does not run: {error}") from error
+    together = np.concatenate(parts)
+    golden.compare("golden clip as one of two streams", logits[: len(together)], together)
 
 
 def _session(graph: bytes) -> Session:

@@ -292,10 +292,10 @@ class Batcher(Generic[Item, Result]):
             known = self._seconds_per_size.get(group)
             self._seconds_per_size[group] = rate if known is None else known + SPEED_MEMORY * (rate - known)
 
-    def forget(self, group: Hashable) -> None:
-        """Drop what was learnt of a group that will not come back."""
+    def forget(self, gone: Callable[[Hashable], bool]) -> None:
+        """Drop what was learnt of groups that will not come back."""
         with self._wake:
-            self._seconds_per_size.pop(group, None)
+            self._seconds_per_size = {group: rate for group, rate in self._seconds_per_size.items() if not gone(group)}
 
     def _finish(self, entry: _Entry[Item, Result], outcome: Timed[Result] | Exception) -> None:
         """Deliver on the submitter's loop, once; a submitter that is gone takes nothing with it."""

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from model_store import Bundle, Manifest, SpeakerInfo, verify_bundle
 from model_store.graph import OUTPUTS, outputs_of, part_of
 from model_store.inference import Provider, Session, open_session
+from model_store.streaming import Chunk, StreamingGraph
 from model_store.verify import read_cohort
 from service.audio import SAMPLE_RATE_HZ, Waveform
 from service.errors import TaskUnsupportedError
@@ -33,6 +34,7 @@ MEMORY_FACTOR = 3
 # Bytes of float weights for each byte of the file.
 FLOAT_BYTES = {"float32": 1, "int8": 4}
 # (seconds, clips) run before the first caller comes, the largest batch in place of None.
+WARM_UP_FRAMES = (5, 40)
 WARM_UP = ((1.0, 1), (1.0, None), (4.0, 2), (10.0, 1))
 
 
@@ -85,6 +87,13 @@ class Engine:
             self._sessions[part] = open_session(own, threads=intra_op_threads, provider=provider)
             self.memory_bytes += MEMORY_FACTOR * FLOAT_BYTES[self.manifest.graph.weights] * len(own)
         self._hop = round(self.manifest.keywords.frame_hop_s * SAMPLE_RATE_HZ)
+        self.streaming: StreamingGraph | None = None
+        stream = self.manifest.stream
+        if stream is not None:
+            own = bundle.read(stream.file)
+            session = open_session(own, threads=intra_op_threads, provider=provider)
+            self.streaming = StreamingGraph(session, stream, hop=self._hop)
+            self.memory_bytes += MEMORY_FACTOR * FLOAT_BYTES[self.manifest.graph.weights] * len(own)
 
     def require(self, *tasks: Task) -> None:
         """Raises TaskUnsupportedError where the model cannot do one of them."""
@@ -131,6 +140,10 @@ class Engine:
             for seconds, count in WARM_UP:
                 noise = rng.standard_normal(int(seconds * SAMPLE_RATE_HZ)).astype(np.float32) * np.float32(0.01)
                 self.run([Waveform(noise)] * (count or largest_batch), part)
+        if self.streaming is not None:
+            for frames in WARM_UP_FRAMES:
+                quiet = np.zeros(frames * self.streaming.hop, dtype=np.float32)
+                self.streaming.run([Chunk(self.streaming.begin(), quiet)])
 
     def _load_cohort(self) -> Array | None:
         speaker = self.manifest.speaker

@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
 from model_store import Bundle, LocalStore, StoreError
 from model_store.graph import part_of
 from model_store.inference import is_available
+from model_store.streaming import Chunk, Progress, StreamingGraph
 from service import audio
 from service.auth import Authenticator
 from service.batching import Batcher
@@ -47,6 +51,7 @@ INLINE_BYTES = 64 * 1024
 DRAIN_RETRY_AFTER_S = 1.0
 LOADING_RETRY_AFTER_S = 2.0
 LAG_EVERY_S = 0.25
+STREAM = "stream"
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +63,18 @@ class Job:
     engine: Engine
     part: Part
     waveform: audio.Waveform
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The next chunk of one stream."""
+
+    graph: StreamingGraph
+    chunk: Chunk
+
+
+# What a step gives: logits [T, K], and how far the stream is then.
+Advanced = tuple[npt.NDArray[np.float32], Progress]
 
 
 class BatchObserver:
@@ -115,8 +132,8 @@ class Runtime:
         self.models.start()
         callers = self._choose_threads(cpus)
         self.profiles = ProfileStore(settings.profiles_url)
-        self.batcher: Batcher[Job, Outputs] = Batcher(
-            _run_jobs,
+        self.batcher: Batcher[Job | Step, Outputs | Advanced] = Batcher(
+            _run_batch,
             workers=callers,
             limits=Limits(
                 settings.max_batch, settings.max_batch_audio_s, settings.max_queued_audio_s, settings.call_timeout_s
@@ -208,15 +225,37 @@ class Runtime:
         priority: Priority = Priority.CLIP,
     ) -> Outputs:
         """One clip through the batcher. Raises ServiceError."""
+        job, group = Job(engine, part, waveform), (engine.bundle.digest, part)
+        found = await self._submit(job, waveform.duration_s, group, clock, deadline, priority)
+        assert isinstance(found, Outputs)
+        return found
+
+    async def advance(
+        self, engine: Engine, chunk: Chunk, clock: StageClock, deadline: float, *, priority: Priority
+    ) -> Advanced:
+        """One stream's next chunk through the batcher. Raises ServiceError."""
+        assert engine.streaming is not None
+        # Chunks of one length share a call.
+        group = (engine.bundle.digest, STREAM, len(chunk.samples))
+        step, size = Step(engine.streaming, chunk), len(chunk.samples) / audio.SAMPLE_RATE_HZ
+        found = await self._submit(step, size, group, clock, deadline, priority)
+        assert isinstance(found, tuple)
+        return found
+
+    async def _submit(
+        self,
+        job: Job | Step,
+        size: float,
+        group: Hashable,
+        clock: StageClock,
+        deadline: float,
+        priority: Priority,
+    ) -> Outputs | Advanced:
+        """Raises ServiceError."""
         try:
             async with _until(deadline):
                 timed = await self.batcher.submit(
-                    Job(engine, part, waveform),
-                    size=waveform.duration_s,
-                    deadline=deadline,
-                    group=(engine.bundle.digest, part),
-                    priority=priority,
-                    abandoned=clock.abandoned,
+                    job, size=size, deadline=deadline, group=group, priority=priority, abandoned=clock.abandoned
                 )
         except AbandonedError as error:
             raise ClientGoneError("the client went away") from error
@@ -284,8 +323,7 @@ class Runtime:
             self.metrics.detections.labels(keyword.label)
 
     def _unloaded(self, engine: Engine) -> None:
-        for part in PARTS:
-            self.batcher.forget((engine.bundle.digest, part))
+        self.batcher.forget(lambda group: isinstance(group, tuple) and group[0] == engine.bundle.digest)
 
     async def _within(self, pool: ThreadPoolExecutor, work: Callable[[], T], deadline: float) -> T:
         if time.monotonic() >= deadline:
@@ -310,9 +348,12 @@ async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
         raise
 
 
-def _run_jobs(jobs: list[Job]) -> list[Outputs]:
-    """Jobs of one group: the same engine, the same part."""
-    return jobs[0].engine.run([job.waveform for job in jobs], jobs[0].part)
+def _run_batch(batch: list[Job | Step]) -> Sequence[Outputs | Advanced]:
+    """Of one group: the same engine, and the same part or chunks of the same length."""
+    first = batch[0]
+    if isinstance(first, Step):
+        return first.graph.run([step.chunk for step in batch if isinstance(step, Step)])
+    return first.engine.run([job.waveform for job in batch if isinstance(job, Job)], first.part)
 
 
 def _cheap(clip: Clip) -> bool:

@@ -1,8 +1,12 @@
 """Keywords in audio that is still coming. State of one stream, explicit and bounded; no input or output here.
 
-The clip graph runs over the bundle's `window_s` seconds every `hop_s`. What lies at a window's end may still become
-another word, so an event counts once the window goes on after it, or once two windows in a row have seen it; its end is
-then what has been heard of it. Each event is told once: what later windows see more of it is not told again.
+Two ways to hear it. With the bundle's streaming graph (`FrameStream`) each sound is computed once, and what is known of
+it comes later by what the graph looks ahead. Without, the clip graph runs over the bundle's `window_s` seconds every
+`hop_s` (`WindowStream`).
+
+Either way the newest stretch is searched for events every `hop_s`. What lies at its end may still become another word,
+so an event counts once the stretch goes on after it, or once two stretches in a row have seen it; its end is then what
+has been heard of it. Each event is told once: what later stretches see more of it is not told again.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model_store import KeywordInfo
+from model_store.streaming import ENDLESS, Chunk, Progress, StreamingGraph
 from service.audio import SAMPLE_RATE_HZ, Samples
 from service.keywords import Array, Detection, compatible, detect, window_scores
 
@@ -30,87 +35,67 @@ class Pace:
     settle_s: float = 0.1
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
-    """The newest audio of a stream; `start_s` since the stream began. `last` means that nothing follows."""
+# Of what the streaming graph gave, this many windows are kept and searched: a word at the end of one is whole in two.
+KEPT_WINDOWS = 2.0
+# Frames in one call of the streaming graph at most: a stream that is behind, or a file, takes its turn with others.
+MOST_FRAMES = 40
 
-    samples: Samples
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A stretch of a stream; seconds since it began. `last` means that nothing follows."""
+
     start_s: float
+    end_s: float
     last: bool
 
-    @property
-    def end_s(self) -> float:
-        return self.start_s + len(self.samples) / SAMPLE_RATE_HZ
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The newest audio of a stream, for the clip graph."""
+
+    samples: Samples
+    span: Span
 
 
-class KeywordStream:
-    """Audio in, windows out; their logits in, new detections out, in that order and one after the other."""
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The next audio of a stream, for the streaming graph; `length` of the stream once it has ended."""
 
-    def __init__(
-        self,
-        info: KeywordInfo,
-        pace: Pace,
-        *,
-        shortest_s: float,
-        allowed: npt.NDArray[np.bool_],
-        threshold: float | None,
-    ) -> None:
+    samples: Samples
+    length: int = ENDLESS
+
+
+class Spotter:
+    """From the logits of one stretch after the other, what was not told before."""
+
+    def __init__(self, info: KeywordInfo, pace: Pace, allowed: npt.NDArray[np.bool_], threshold: float | None) -> None:
         self._info = info
         self._pace = pace
         self._allowed = allowed
         self._threshold = threshold
-        frame = round(info.frame_hop_s * SAMPLE_RATE_HZ)
-        # Whole frames, so that every window sees the same frames of the same sound.
-        self._hop = max(1, round(pace.hop_s * SAMPLE_RATE_HZ / frame)) * frame
-        self._window = max(self._hop, round(info.window_s * SAMPLE_RATE_HZ / frame) * frame)
-        self._shortest = round(shortest_s * SAMPLE_RATE_HZ)
-        self._kept = np.zeros(0, dtype=np.float32)
-        self._waiting: list[Samples] = []
-        self._waiting_length = 0
-        self._heard = 0
         self._told: list[Detection] = []
         self._unsettled: list[Detection] = []
 
-    def push(self, samples: Samples) -> Iterator[Window]:
-        """The windows that these samples complete."""
-        if len(samples) == 0:
-            return
-        self._waiting.append(samples)
-        self._waiting_length += len(samples)
-        if self._waiting_length < self._hop:
-            return
-        new = np.concatenate(self._waiting)
-        whole = len(new) - len(new) % self._hop
-        self._waiting, self._waiting_length = [new[whole:]], len(new) - whole
-        for start in range(0, whole, self._hop):
-            yield self._advance(new[start : start + self._hop], last=False)
-
-    def flush(self) -> Iterator[Window]:
-        """The window that ends with the stream, if there is enough for one."""
-        rest = np.concatenate([np.zeros(0, dtype=np.float32), *self._waiting])
-        self._waiting, self._waiting_length = [], 0
-        if len(self._kept) + len(rest) >= self._shortest:
-            yield self._advance(rest, last=True)
-
-    def settle(self, window: Window, logits: Array) -> list[Detection]:
-        """What the window's logits [T, K] tell that was not told before; times since the stream began."""
-        info, length_s = self._info, window.end_s - window.start_s
+    def settle(self, span: Span, logits: Array) -> list[Detection]:
+        """What the stretch's logits [T, K] tell that was not told before; times since the stream began."""
+        info, length_s = self._info, span.end_s - span.start_s
         fresh, unsettled = [], []
         for event in detect(logits, window_scores(logits, info), info, length_s, self._allowed, self._threshold):
-            own = replace(event, start_s=event.start_s + window.start_s, end_s=event.end_s + window.start_s)
+            own = replace(event, start_s=event.start_s + span.start_s, end_s=event.end_s + span.start_s)
             if self._is_told(own):
                 continue
             seen = any(own.keyword == other.keyword and _meet(own, other) for other in self._unsettled)
-            settled = window.last or event.end_s <= length_s - self._pace.settle_s
-            # What the window's beginning cuts is the rest of something that the windows before had whole.
-            cut = event.start_s <= 0 and window.start_s > 0
+            settled = span.last or event.end_s <= length_s - self._pace.settle_s
+            # What the beginning cuts is the rest of something that the stretches before had whole.
+            cut = event.start_s <= 0 and span.start_s > 0
             if seen or (settled and not cut):
                 fresh.append(own)
                 self._told.append(own)
             elif not cut:
                 unsettled.append(own)
         self._unsettled = unsettled
-        horizon_s = window.start_s - info.refractory_s
+        horizon_s = span.start_s - info.refractory_s
         self._told = [event for event in self._told if event.end_s >= horizon_s]
         return fresh
 
@@ -121,10 +106,128 @@ class KeywordStream:
                 return True
         return not all(compatible(event, other, self._info.refractory_s) for other in self._told)
 
+
+class _Waiting:
+    """Audio until there is enough of it."""
+
+    def __init__(self) -> None:
+        self._parts: list[Samples] = []
+        self._length = 0
+
+    def add(self, samples: Samples, hop: int) -> Samples:
+        """Whole hops of what waits, the oldest first; the rest goes on waiting."""
+        if len(samples):
+            self._parts.append(samples)
+            self._length += len(samples)
+        if self._length < hop:
+            return np.zeros(0, dtype=np.float32)
+        everything = self.take()
+        whole = len(everything) - len(everything) % hop
+        self._parts, self._length = [everything[whole:]], len(everything) - whole
+        return everything[:whole]
+
+    def take(self) -> Samples:
+        """All of it."""
+        everything: Samples = np.concatenate([np.zeros(0, dtype=np.float32), *self._parts])
+        self._parts, self._length = [], 0
+        return everything
+
+
+class WindowStream:
+    """Audio in, windows out; their logits in, new detections out, in that order and one after the other."""
+
+    def __init__(self, info: KeywordInfo, pace: Pace, spotter: Spotter, *, shortest_s: float) -> None:
+        self._spotter = spotter
+        frame = round(info.frame_hop_s * SAMPLE_RATE_HZ)
+        # Whole frames, so that every window sees the same frames of the same sound.
+        self._hop = max(1, round(pace.hop_s * SAMPLE_RATE_HZ / frame)) * frame
+        self._window = max(self._hop, round(info.window_s * SAMPLE_RATE_HZ / frame) * frame)
+        self._shortest = round(shortest_s * SAMPLE_RATE_HZ)
+        self._kept = np.zeros(0, dtype=np.float32)
+        self._waiting = _Waiting()
+        self._heard = 0
+
+    def push(self, samples: Samples) -> Iterator[Window]:
+        """The windows that these samples complete."""
+        new = self._waiting.add(samples, self._hop)
+        for start in range(0, len(new), self._hop):
+            yield self._advance(new[start : start + self._hop], last=False)
+
+    def flush(self) -> Iterator[Window]:
+        """The window that ends with the stream, if there is enough for one."""
+        rest = self._waiting.take()
+        if len(self._kept) + len(rest) >= self._shortest:
+            yield self._advance(rest, last=True)
+
+    def settle(self, window: Window, logits: Array) -> list[Detection]:
+        """What the window's logits [T, K] tell that was not told before."""
+        return self._spotter.settle(window.span, logits)
+
     def _advance(self, new: Samples, *, last: bool) -> Window:
         self._heard += len(new)
         self._kept = np.concatenate([self._kept, new])[-self._window :]
-        return Window(self._kept, (self._heard - len(self._kept)) / SAMPLE_RATE_HZ, last)
+        start_s = (self._heard - len(self._kept)) / SAMPLE_RATE_HZ
+        return Window(self._kept, Span(start_s, self._heard / SAMPLE_RATE_HZ, last))
+
+
+class FrameStream:
+    """Audio in, pieces out; each as a chunk to the graph, and what it gives back in, before the next."""
+
+    def __init__(
+        self, info: KeywordInfo, pace: Pace, spotter: Spotter, graph: StreamingGraph, *, shortest_s: float
+    ) -> None:
+        self._spotter = spotter
+        self._graph = graph
+        self._frame_s = graph.hop / SAMPLE_RATE_HZ
+        self._hop = max(1, round(pace.hop_s / self._frame_s)) * graph.hop
+        self._keep = round(KEPT_WINDOWS * info.window_s / self._frame_s)
+        self._shortest = round(shortest_s * SAMPLE_RATE_HZ)
+        self._waiting = _Waiting()
+        self._heard = 0
+        self._progress = graph.begin()
+        self._logits: Array | None = None
+        self._known = 0
+
+    def push(self, samples: Samples) -> Iterator[Piece]:
+        """What can be computed with these samples."""
+        self._heard += len(samples)
+        new = self._waiting.add(samples, self._hop)
+        # Many hops at once, or one: streams in real time then share their calls.
+        most = max(1, MOST_FRAMES * self._graph.hop // self._hop) * self._hop
+        for start in range(0, len(new), most):
+            if len(new) - start >= most:
+                yield Piece(new[start : start + most])
+            else:
+                for own in range(start, len(new), self._hop):
+                    yield Piece(new[own : own + self._hop])
+
+    def flush(self) -> Iterator[Piece]:
+        """What was not computed yet, and the silence that the last frames wait for."""
+        rest = self._waiting.take()
+        if self._heard < self._shortest:
+            return
+        frames = -(-len(rest) // self._graph.hop) + self._graph.info.delay_frames
+        padded = np.zeros(frames * self._graph.hop, dtype=np.float32)
+        padded[: len(rest)] = rest
+        yield Piece(padded, self._heard)
+
+    def chunk(self, piece: Piece) -> Chunk:
+        """For the graph."""
+        return Chunk(self._progress, piece.samples, piece.length)
+
+    def settle(self, piece: Piece, logits: Array, progress: Progress) -> list[Detection]:
+        """What the graph's logits [T, K] for the piece tell that was not told before."""
+        self._progress = progress
+        self._known += len(logits)
+        kept = logits if self._logits is None else np.concatenate([self._logits, logits])
+        last = piece.length != ENDLESS
+        start = self._known - len(kept)
+        # As much as this piece brought is searched as well, or a large one would hide its own beginning.
+        self._logits = kept[-self._keep :]
+        if not len(kept):
+            return []
+        end_s = self._heard / SAMPLE_RATE_HZ if last else self._known * self._frame_s
+        return self._spotter.settle(Span(start * self._frame_s, end_s, last), kept)
 
 
 def _meet(one: Detection, other: Detection) -> bool:

@@ -9,7 +9,10 @@ scores is for the recognition rows to say (`sotto evaluate`).
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,17 +29,25 @@ from training.export import run_graph, write_draft
 # Of smaller tensors the scales and nodes would weigh as much as what is saved.
 LEAST_VALUES = 1024
 HIGHEST = 127
+# Weights of two graphs that differ by no more are the same: norms are folded into them at different precision.
+SAME = 1e-5
+
+Floats = npt.NDArray[np.float32]
 
 
 def compact(draft: Path) -> Manifest:
     """Rewrite the graph of the draft, and the outputs that its golden clip is to give. Raises StoreError."""
     bundle = open_bundle(draft)
     before = bundle.manifest
-    graph = in_eight_bits(bundle.read(before.graph.file))
+    graph, rounded = in_eight_bits(bundle.read(before.graph.file))
     names = outputs_of(before)
     clip, _ = golden.unpack(bundle.read(before.golden_file), names)
     outputs = run_graph(open_session(graph, threads=1), [clip], names)
+    stream = {}
+    if before.stream is not None:
+        stream[before.stream.file], _ = in_eight_bits(bundle.read(before.stream.file), rounded)
     files = {
+        **stream,
         before.graph.file: graph,
         before.golden_file: golden.pack(clip, {name: values[0] for name, values in outputs.items()}),
     }
@@ -52,13 +63,24 @@ def compact(draft: Path) -> Manifest:
     return manifest
 
 
-def in_eight_bits(graph: bytes) -> bytes:
-    """The same graph with its kernels and matrices in eight bits. Small ones, and those that have been done before,
-    stay as they are."""
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """A weight before and after: values = levels * scales along `axis`, nearly."""
+
+    values: Floats
+    levels: npt.NDArray[np.int8]
+    scales: Floats
+    axis: int
+
+
+def in_eight_bits(graph: bytes, alike: Sequence[Rounded] | None = None) -> tuple[bytes, list[Rounded]]:
+    """The same graph with its kernels and matrices in eight bits, and what was rounded. Small ones, and those that have
+    been done before, stay as they are. With `alike`, only what is one of those is rounded, and just as it was: a
+    streaming graph stays equal to the clip graph."""
     model = onnx.load_from_string(graph)
     axes = _output_axes(model.graph)
     uses = Counter(name for node in model.graph.node for name in node.input)
-    kept, before = [], []
+    kept, before, done = [], [], []
     for tensor in model.graph.initializer:
         axis = axes.get(tensor.name)
         whole = int(np.prod(tensor.dims)) >= LEAST_VALUES and tensor.data_type == onnx.TensorProto.FLOAT
@@ -66,15 +88,36 @@ def in_eight_bits(graph: bytes) -> bytes:
             kept.append(tensor)
             continue
         values = numpy_helper.to_array(tensor)
-        levels, scales = quantised(values, axis)
+        rounded = Rounded(values, *quantised(values, axis), axis) if alike is None else _found(values, axis, alike)
+        if rounded is None:
+            kept.append(tensor)
+            continue
+        done.append(rounded)
         names = [f"{tensor.name}_{part}" for part in ("levels", "scales")]
-        kept += [numpy_helper.from_array(levels, names[0]), numpy_helper.from_array(scales, names[1])]
+        kept += [numpy_helper.from_array(rounded.levels, names[0]), numpy_helper.from_array(rounded.scales, names[1])]
         before.append(helper.make_node("DequantizeLinear", names, [tensor.name], axis=axis))
     nodes = [*before, *model.graph.node]
     del model.graph.initializer[:], model.graph.node[:]
     model.graph.initializer.extend(kept)
     model.graph.node.extend(nodes)
-    return bytes(model.SerializeToString())
+    return bytes(model.SerializeToString()), done
+
+
+def _found(values: Floats, axis: int, alike: Sequence[Rounded]) -> Rounded | None:
+    """The weight as one of `alike` was rounded: the same, or a convolution over time that is a product here."""
+    for other in alike:
+        if other.values.shape == values.shape and np.allclose(other.values, values, rtol=0, atol=SAME):
+            return Rounded(values, other.levels, other.scales, other.axis)
+        if other.values.size == values.size and other.values.ndim == 4 and values.ndim == 2:
+            product = as_product(other.values)
+            if product.shape == values.shape and np.allclose(product, values, rtol=0, atol=SAME):
+                return Rounded(values, np.ascontiguousarray(as_product(other.levels)), other.scales, axis)
+    return None
+
+
+def as_product(kernel: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A kernel over time [C', C, 1, taps] as a matrix [taps * C, C'] (training/students/streaming.py)."""
+    return kernel[:, :, 0].transpose(2, 1, 0).reshape(-1, len(kernel))
 
 
 def quantised(values: npt.NDArray[np.float32], axis: int) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:

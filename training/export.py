@@ -26,20 +26,23 @@ from model_store import (
     KeywordInfo,
     Manifest,
     SpeakerInfo,
+    StreamInfo,
 )
 from model_store.files import describe
 from model_store.golden import pack
 from model_store.graph import OUTPUTS, SPEAKER
 from model_store.inference import Session, open_session
 from model_store.store import MANIFEST
+from model_store.streaming import StreamingGraph
 from training.alignment import loudest_speech
 from training.audio_cache import SAMPLE_RATE_HZ, decode
 from training.errors import ExportError
 from training.finished import Finished, open_run, origin
 from training.layout import in_two_dimensions, keep_blocked
 from training.manifest import Clip, labels_of
-from training.students.edge import FRAME_STRIDE, STEM_STRIDE, Edge
+from training.students.edge import FRAME_HOP, FRAME_STRIDE, STEM_STRIDE, Edge
 from training.students.frontend import HOP
+from training.students.streaming import StreamingEdge
 
 OPSET = 17
 TOLERANCE = 1e-4
@@ -49,10 +52,13 @@ PLACEHOLDER_THRESHOLD = 0.5
 # What a calibration that has not been fitted, or not to the end, says it was fitted on.
 UNFITTED = "nothing"
 COHORT = "cohort.f32"
+STREAM = "stream.onnx"
 # One word's worth of audio: long enough for the longest keyword, short enough to part two of them.
 WINDOW_S = 1.0
 REFRACTORY_S = 0.8
 COHORT_CLIPS = 20
+# A streaming graph that looks further ahead would tell a word later than sliding windows do.
+LONGEST_DELAY_S = 0.75
 
 Array = npt.NDArray[np.float32]
 
@@ -89,10 +95,15 @@ def export(run_folder: Path, out: Path, *, name: str, data_root: Path | None = N
         "golden.npz": pack(golden_clip, {key: value[0] for key, value in given.items()}),
         "MODEL_CARD.md": f"# {name}\n\nUncalibrated draft.\n".encode(),
     }
+    stream, streaming = None, StreamingEdge(network).eval() if isinstance(network, Edge) else None
+    if streaming is not None and streaming.delay * finished.frame_hop_s <= LONGEST_DELAY_S:
+        stream = StreamInfo(file=STREAM, delay_frames=streaming.delay, state_size=streaming.state_size)
+        files[STREAM] = traced_stream(streaming)
+        check_stream_equals_clip(StreamingGraph(open_session(files[STREAM], threads=1), stream, hop=FRAME_HOP), session)
     if finished.speaker_dim:
         cohort = speaker_cohort(network, [clip for clip in trained_on if clip.speaker])
         files[COHORT] = cohort.astype("<f4").tobytes()
-    manifest = _manifest(name, finished, trained_on, files)
+    manifest = _manifest(name, finished, trained_on, files, stream)
     write_draft(out, manifest, files)
     return manifest
 
@@ -105,26 +116,42 @@ def to_onnx(student: Edge) -> bytes:
 
 def traced(student: nn.Module) -> bytes:
     """The graph as torch writes it, batch and samples dynamic, batch norms folded into convolutions."""
-    stream = io.BytesIO()
     served = ServedGraph(student).eval()
-    axes = {"waveform": "samples", "keyword_logits": "frames", "frames": "frames"}
     waveform = torch.zeros(2, SAMPLE_RATE_HZ)
     lengths = torch.tensor([SAMPLE_RATE_HZ, SAMPLE_RATE_HZ // 2])
+    axes = {"waveform": "samples", "keyword_logits": "frames", "frames": "frames"}
+    return _to_onnx(served, {"waveform": waveform, "lengths": lengths}, served.names, axes)
+
+
+def traced_stream(streaming: StreamingEdge) -> bytes:
+    """The streaming graph (model_store/streaming.py), batch and frames dynamic."""
+    given = {
+        "samples": torch.zeros(2, 3 * FRAME_HOP),
+        "position": torch.zeros(2, dtype=torch.int64),
+        "length": torch.full((2,), SAMPLE_RATE_HZ),
+        "state": torch.zeros(2, streaming.state_size),
+    }
+    axes = {"samples": "samples", "keyword_logits": "frames"}
+    return _to_onnx(streaming, given, ("keyword_logits", "new_state"), axes)
+
+
+def _to_onnx(network: nn.Module, given: dict[str, Tensor], outputs: Sequence[str], second: dict[str, str]) -> bytes:
+    """`second` names the second axis of those tensors where it is dynamic; the first always is."""
+    stream = io.BytesIO()
     with warnings.catch_warnings():
         # The exporter warns that it is the older of two; the newer one needs another package and yields
         # the same operators. It also warns of each shape that it takes from an input, as it should.
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            served,
-            (waveform, lengths),
+            network,
+            tuple(given.values()),
             stream,  # type: ignore[arg-type]  # the annotation forgets file objects, the documentation does not
             dynamo=False,
             opset_version=OPSET,
-            input_names=["waveform", "lengths"],
-            output_names=list(served.names),
+            input_names=list(given),
+            output_names=list(outputs),
             dynamic_axes={
-                name: {0: "batch", **({1: axes[name]} if name in axes else {})}
-                for name in ("waveform", "lengths", *served.names)
+                name: {0: "batch", **({1: second[name]} if name in second else {})} for name in (*given, *outputs)
             },
         )
     return stream.getvalue()
@@ -154,6 +181,15 @@ def check_graph_equals_network(session: Session, student: nn.Module) -> None:
                 if padded.ndim == 2:
                     padded = padded[: len(alone[name][0])]
                 _within(f"{name}: padded against alone, clip {row}", padded, alone[name][0])
+
+
+def check_stream_equals_clip(stream: StreamingGraph, clip: Session) -> None:
+    """The streaming graph's logits against the clip graph's. Raises ExportError with the worst difference."""
+    rng = np.random.default_rng(11)
+    for seconds, frames in ((0.33, 1), (1.7, 2), (3.01, 7)):
+        waveform = (rng.standard_normal(round(seconds * SAMPLE_RATE_HZ)) * 0.1).astype(np.float32)
+        wanted = run_graph(clip, [waveform], ["keyword_logits"])["keyword_logits"][0]
+        _within(f"streamed by {frames} frames", stream.whole(waveform, frames=frames), wanted)
 
 
 def run_graph(session: Session, clips: list[Array], names: Sequence[str] = tuple(OUTPUTS)) -> dict[str, Array]:
@@ -191,7 +227,9 @@ def write_draft(out: Path, manifest: Manifest, files: Mapping[str, bytes]) -> No
     (out / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
 
-def _manifest(name: str, finished: Finished, trained_on: list[Clip], files: Mapping[str, bytes]) -> Manifest:
+def _manifest(
+    name: str, finished: Finished, trained_on: list[Clip], files: Mapping[str, bytes], stream: StreamInfo | None
+) -> Manifest:
     labels = finished.labels
     typical = _typical_durations(trained_on, labels)
     parameters = sum(parameter.numel() for parameter in finished.network.parameters())
@@ -202,6 +240,7 @@ def _manifest(name: str, finished: Finished, trained_on: list[Clip], files: Mapp
         licence="CC-BY-SA-4.0",
         files={file: describe(content) for file, content in files.items()},
         graph=GraphInfo(file="model.onnx", opset=OPSET, parameters=parameters),
+        stream=stream,
         audio=AudioLimits(shortest_s=SHORTEST_S, longest_s=LONGEST_S),
         keywords=KeywordInfo(
             labels=tuple(

@@ -120,6 +120,14 @@ class VoicesRecipe(_Strict):
     weight: float = Field(default=1.0, gt=0)
 
 
+class SoftTargetsRecipe(_Strict):
+    """A bundle of the built-in store as a teacher of keywords (see `training/objectives/soft_targets.py`)."""
+
+    bundle: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}@[1-9][0-9]{0,5}$")
+    weight: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
+
+
 class Recipe(_Strict):
     """The whole file."""
 
@@ -145,6 +153,7 @@ class Recipe(_Strict):
     draws: int | None = None
     hints: HintsRecipe | None = None
     voices: VoicesRecipe | None = None
+    soft_targets: SoftTargetsRecipe | None = None
 
     @model_validator(mode="after")
     def _begins_in_one_way(self) -> Recipe:

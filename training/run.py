@@ -30,8 +30,9 @@ from training.files import write_json
 from training.hints import HintCache, HintHead, SpeechEmbedding
 from training.manifest import CALIBRATION_FOLD, Clip, Data, digest_data, labels_of, read_data
 from training.monitor import watch
+from training.objectives.soft_targets import SoftTargets, soft_loss, teaching_bundle
 from training.objectives.speaker import AamSoftmax
-from training.objectives.spotting import clip_loss, frame_loss
+from training.objectives.spotting import clip_loss, event_log_odds, frame_loss
 from training.progress import training_progress
 from training.recipe import Recipe
 from training.rooms import with_rooms
@@ -115,6 +116,9 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int |
         hints=hints,
         voices=voices,
     )
+    soft = None
+    if recipe.soft_targets is not None:
+        soft = SoftTargets(recipe.soft_targets.bundle, prepared.labels, threads=torch.get_num_threads())
     torch.manual_seed(recipe.seed)
     student = Edge(1 + len(prepared.labels), recipe.shape)
     if recipe.init is not None:
@@ -134,7 +138,7 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int |
         bar = progress.add_task(recipe.name, total=recipe.schedule.steps, completed=done, loss="")
         stream = batches(source, done, last, workers=recipe.schedule.workers)
         for step, batch in enumerate(stream, start=done):
-            terms = _step(recipe, step, batch, student, heads, optimizer)
+            terms = _step(recipe, step, batch, student, heads, optimizer, soft)
             _update_average(average, student, recipe.schedule.average_decay, step)
             progress.update(bar, advance=1, loss=f"loss {terms['total']:.3f}")
             if step % 20 == 0:
@@ -165,6 +169,8 @@ def check_teachers(recipe: Recipe) -> None:
         SpeechEmbedding(recipe.hints.teacher)
     if recipe.voices is not None:
         check_beside(recipe.voices.python, TeacherError)
+    if recipe.soft_targets is not None:
+        teaching_bundle(recipe.soft_targets.bundle)
 
 
 def begin_with(student: Edge, weights: Path) -> None:
@@ -217,7 +223,13 @@ def load_student(folder: Path) -> tuple[Edge, dict[str, Any]]:
 
 
 def _step(
-    recipe: Recipe, step: int, batch: Batch, student: Edge, heads: TrainingHeads, optimizer: torch.optim.Optimizer
+    recipe: Recipe,
+    step: int,
+    batch: Batch,
+    student: Edge,
+    heads: TrainingHeads,
+    optimizer: torch.optim.Optimizer,
+    soft: SoftTargets | None,
 ) -> dict[str, float]:
     """One update of all parameters with all tasks' losses added; returns the terms."""
     torch.manual_seed(recipe.draws_seed * 1_000_003 + step)
@@ -246,6 +258,11 @@ def _step(
     if heads.voice is not None and recipe.voices is not None and batch.voice is not None:
         terms["voice"] = heads.voice.loss(out.speaker_embedding, batch.voice, ~spectral.warped)
         total = total + recipe.voices.weight * terms["voice"]
+    if soft is not None and recipe.soft_targets is not None:
+        own = event_log_odds(out.keyword_logits, out.mask)
+        told = soft(batch.waveform, batch.lengths, out.mask)
+        terms["soft"] = soft_loss(own, told, batch.possible, recipe.soft_targets.temperature)
+        total = total + recipe.soft_targets.weight * terms["soft"]
     optimizer.zero_grad(set_to_none=True)
     torch.autograd.backward(total)
     parameters = (*student.parameters(), *heads.parameters())
@@ -352,6 +369,7 @@ def _write_run_file(recipe: Recipe, folder: Path, prepared: Prepared, source: Ba
         "labels": prepared.labels,
         "init": hashlib.sha256(recipe.init.read_bytes()).hexdigest() if recipe.init else None,
         "before": hashlib.sha256((folder / "before/student.pt").read_bytes()).hexdigest() if recipe.after else None,
+        "soft_targets": teaching_bundle(recipe.soft_targets.bundle).digest if recipe.soft_targets else None,
         "training_clips": len(prepared.training),
         "speakers": len(source.speakers),
         "parameters": sum(parameter.numel() for parameter in student.parameters()),

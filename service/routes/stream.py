@@ -42,7 +42,7 @@ from service.queueing import Priority
 from service.routes.common import ModelParameter, may_infer, model_info, runtime_of
 from service.routes.keywords import KeywordsParameter, ThresholdParameter, allowed_labels, rounded
 from service.runtime import Runtime, together
-from service.streaming import KeywordStream, Pace, Window
+from service.streaming import FrameStream, Pace, Piece, Spotter, Window, WindowStream
 from service.timing import StageClock
 
 log = logging.getLogger(__name__)
@@ -114,13 +114,13 @@ class _Stream:
         self._resampler = None
         if rate_hz != SAMPLE_RATE_HZ:
             self._resampler = soxr.ResampleStream(rate_hz, SAMPLE_RATE_HZ, 1, dtype="float32", quality="HQ")
-        self._keywords = KeywordStream(
-            engine.manifest.keywords,
-            Pace(),
-            shortest_s=engine.manifest.audio.shortest_s,
-            allowed=allowed,
-            threshold=threshold,
-        )
+        info, pace, shortest_s = engine.manifest.keywords, Pace(), engine.manifest.audio.shortest_s
+        spotter = Spotter(info, pace, allowed, threshold)
+        self._keywords: WindowStream | FrameStream
+        if engine.streaming is None:
+            self._keywords = WindowStream(info, pace, spotter, shortest_s=shortest_s)
+        else:
+            self._keywords = FrameStream(info, pace, spotter, engine.streaming, shortest_s=shortest_s)
         self._half_sample = b""
         self._samples = 0
         self._messages = 0
@@ -187,27 +187,51 @@ class _Stream:
         found: Samples = np.clip(self._resampler.resample_chunk(samples, last=last), -1.0, 1.0)
         return found
 
-    async def _spot(self, windows: Sequence[Window]) -> None:
-        """A message's windows, computed together; the detections in their order."""
-        if not windows:
+    async def _spot(self, parts: Sequence[Window | Piece]) -> None:
+        """What a message completed, computed; the detections in their order."""
+        if not parts:
             return
         came = time.monotonic()
         ahead_s = self._samples / self._rate_hz - (came - self._began)
         priority = Priority.STREAM if ahead_s < AHEAD_S else Priority.CLIP
         deadline = came + self._runtime.settings.request_timeout_s
+        if isinstance(self._keywords, FrameStream):
+            await self._spot_pieces(
+                self._keywords, [part for part in parts if isinstance(part, Piece)], deadline, priority
+            )
+        else:
+            await self._spot_windows(
+                self._keywords, [part for part in parts if isinstance(part, Window)], deadline, priority
+            )
+        self._runtime.metrics.stream_delay.observe(time.monotonic() - came)
+
+    async def _spot_windows(
+        self, stream: WindowStream, windows: Sequence[Window], deadline: float, priority: Priority
+    ) -> None:
+        """All at once: none needs what another gives."""
         clock = StageClock(self._runtime.metrics)
         outputs = await together(
             self._runtime.infer(self._engine, Waveform(window.samples), clock, deadline, "keywords", priority=priority)
             for window in windows
         )
         for window, output in zip(windows, outputs, strict=True):
-            for event in self._keywords.settle(window, output.keyword_logits):
-                await self._tell(event)
-        self._runtime.metrics.stream_delay.observe(time.monotonic() - came)
+            await self._tell(stream.settle(window, output.keyword_logits))
 
-    async def _tell(self, event: Detection) -> None:
-        self._runtime.metrics.detections.labels(event.keyword).inc()
-        await self._send({"type": "detection", **rounded(event).model_dump(exclude_none=True)})
+    async def _spot_pieces(
+        self, stream: FrameStream, pieces: Sequence[Piece], deadline: float, priority: Priority
+    ) -> None:
+        """One after the other: each begins where the one before has ended."""
+        clock = StageClock(self._runtime.metrics)
+        for piece in pieces:
+            logits, progress = await self._runtime.advance(
+                self._engine, stream.chunk(piece), clock, deadline, priority=priority
+            )
+            await self._tell(stream.settle(piece, logits, progress))
+
+    async def _tell(self, events: Sequence[Detection]) -> None:
+        for event in events:
+            self._runtime.metrics.detections.labels(event.keyword).inc()
+            await self._send({"type": "detection", **rounded(event).model_dump(exclude_none=True)})
 
     async def _send(self, message: dict[str, object]) -> None:
         await _send(self._websocket, self._runtime, message)

@@ -21,7 +21,7 @@ from websockets.sync.client import ClientConnection, connect
 from model_store import KeywordInfo, LocalStore
 from service.auth import hash_key
 from service.keywords import Array, allowed_labels
-from service.streaming import KeywordStream, Pace, Window
+from service.streaming import Pace, Spotter, Window, WindowStream
 from tests.conftest import REPOSITORY, RunningService, Samples, start_service, voice
 
 STREAM = "/v1/keywords/stream"
@@ -264,8 +264,8 @@ def info(builtin_store: LocalStore) -> KeywordInfo:
     return manifest.keywords.model_copy(update={"labels": manifest.keywords.labels[:WORDS], "window_s": 1.0})
 
 
-def stream_of(info: KeywordInfo) -> KeywordStream:
-    return KeywordStream(info, Pace(), shortest_s=0.1, allowed=allowed_labels(info, []), threshold=0.5)
+def stream_of(info: KeywordInfo) -> WindowStream:
+    return WindowStream(info, Pace(), Spotter(info, Pace(), allowed_labels(info, []), 0.5), shortest_s=0.1)
 
 
 def logits(window: Window, said: list[tuple[float, float, int]]) -> Array:
@@ -273,7 +273,7 @@ def logits(window: Window, said: list[tuple[float, float, int]]) -> Array:
     found = np.full((-(-len(window.samples) // HOP), 1 + WORDS), -6.0, np.float32)
     found[:, 0] = 6.0
     for start_s, end_s, number in said:
-        times = window.start_s + np.arange(len(found)) * HOP / RATE_HZ
+        times = window.span.start_s + np.arange(len(found)) * HOP / RATE_HZ
         found[(start_s <= times) & (times < end_s), 1 + number] = 9.0
     return found
 
@@ -317,7 +317,7 @@ def test_silence_in_no_samples_is_nothing(info: KeywordInfo) -> None:
     stream = stream_of(info)
     for _ in range(1000):
         assert list(stream.push(np.zeros(0, np.float32))) == []
-    assert stream._waiting == []
+    assert stream._waiting._parts == []
 
 
 def test_a_long_word_is_one_word(info: KeywordInfo) -> None:
@@ -334,6 +334,6 @@ def test_memory_is_that_of_one_window(info: KeywordInfo) -> None:
         for window in stream.push(np.zeros(RATE_HZ, np.float32)):
             assert len(window.samples) <= info.window_s * RATE_HZ
             stream.settle(window, logits(window, [(0.0, 1e9, 0)]))
-    held = sum(len(part) for part in (stream._kept, *stream._waiting))
+    held = sum(len(part) for part in (stream._kept, *stream._waiting._parts))
     assert held <= (info.window_s + Pace().hop_s) * RATE_HZ
-    assert len(stream._told) == 1
+    assert len(stream._spotter._told) == 1

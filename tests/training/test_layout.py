@@ -14,7 +14,7 @@ from model_store.inference import open_session
 from tests.training.chain import tiny_hubert
 from training.export import run_graph, to_onnx, traced
 from training.layout import in_two_dimensions
-from training.students.edge import Edge
+from training.students.edge import Edge, EdgeShape
 from training.students.joint import JointModel
 from training.teachers import SelfSupervised
 
@@ -43,6 +43,18 @@ def test_the_same_outputs_with_a_third_of_the_conversions(student: Edge, tmp_pat
     for name in OUTPUTS:
         np.testing.assert_allclose(found[name], wanted[name], atol=1e-5)
     assert reorders(after, tmp_path) * 3 <= reorders(before, tmp_path)
+
+
+def test_padding_more_on_one_side_costs_no_operator(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    even, uneven = (Edge(6, EdgeShape(ahead=ahead)).eval() for ahead in (None, 1))
+    before, after = traced(uneven), to_onnx(uneven)
+    clip = (np.random.default_rng(0).standard_normal(16_000) * 0.1).astype(np.float32)
+    wanted, found = (run_graph(open_session(graph, threads=1), [clip]) for graph in (before, after))
+    for name in OUTPUTS:
+        np.testing.assert_allclose(found[name], wanted[name], atol=1e-5)
+    assert not any(node.op_type == "Pad" for node in onnx.load_from_string(after).graph.node)
+    assert reorders(after, tmp_path) == reorders(to_onnx(even), tmp_path)
 
 
 def test_convolutions_over_time_get_a_height_and_the_same_outputs() -> None:

@@ -45,8 +45,15 @@ class EdgeShape:
     keyword_blocks: int = 4
     speaker_blocks: int = 3
     kernel: int = 9
+    # How far a block's kernel reaches past its frame, of those of `kernel` frames; half of it by default. What a stream
+    # has to wait for adds up over the blocks.
+    ahead: int | None = None
     speaker_dim: int = 192  # 0: no speaker branch
     dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.ahead is not None and not 0 <= self.ahead < self.kernel:
+            raise ValueError(f"ahead is {self.ahead}; it must be at least 0 and less than the kernel's {self.kernel}")
 
     @property
     def tells_speakers(self) -> bool:
@@ -72,10 +79,16 @@ class EdgeOutputs:
 class Block(nn.Module):
     """Depthwise convolution over time, two pointwise layers, residual. [B, C, 1, T] -> the same."""
 
-    def __init__(self, width: int, kernel: int) -> None:
+    def __init__(self, width: int, kernel: int, ahead: int | None = None) -> None:
         super().__init__()
+        self.ahead = kernel // 2 if ahead is None else ahead
+        self.behind = kernel - 1 - self.ahead
+        # The same on both sides where that is so: the graph of it has no operator more.
+        even = self.ahead == self.behind
+        self.pad = nn.Identity() if even else nn.ZeroPad2d((self.behind, self.ahead, 0, 0))
+        padding = (0, self.ahead if even else 0)
         self.layers = nn.Sequential(
-            nn.Conv2d(width, width, (1, kernel), padding=(0, kernel // 2), groups=width, bias=False),
+            nn.Conv2d(width, width, (1, kernel), padding=padding, groups=width, bias=False),
             nn.BatchNorm2d(width),
             nn.Conv2d(width, width, 1, bias=False),
             nn.BatchNorm2d(width),
@@ -85,7 +98,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return functional.relu(x + self.layers(x)) * mask.to(x.dtype)
+        return functional.relu(x + self.layers(self.pad(x))) * mask.to(x.dtype)
 
 
 class Widen(nn.Module):
@@ -127,9 +140,11 @@ class Stem(nn.Module):
     def forward(self, features: Tensor, mask: Tensor) -> Tensor:
         x = self.first(features.unsqueeze(1))
         mask = mask.to(x.dtype)
-        x = self.second(x * mask) * mask
-        x = x.reshape(x.shape[0], self.flat, 1, -1)
-        out: Tensor = self.join(x, mask)
+        return self.flatten(self.second(x * mask) * mask, mask)
+
+    def flatten(self, x: Tensor, mask: Tensor) -> Tensor:
+        """[B, channels, mels / 4, T] -> [B, width, 1, T]."""
+        out: Tensor = self.join(x.reshape(x.shape[0], self.flat, 1, -1), mask)
         return out
 
 
@@ -160,9 +175,9 @@ class Edge(nn.Module):
         self.stem = Stem(shape.mels, shape.stem_channels, shape.early_width)
         self.early = _blocks(shape.early_blocks, shape.early_width, shape.early_kernel)
         self.down = Widen(shape.early_width, shape.shared_width, stride=2)
-        self.shared = _blocks(shape.shared_blocks, shape.shared_width, shape.kernel)
+        self.shared = _blocks(shape.shared_blocks, shape.shared_width, shape.kernel, shape.ahead)
         self.to_keyword = Widen(shape.shared_width, shape.task_width)
-        self.keyword = _blocks(shape.keyword_blocks, shape.task_width, shape.kernel)
+        self.keyword = _blocks(shape.keyword_blocks, shape.task_width, shape.kernel, shape.ahead)
         # In this order, which decides what a seed begins with.
         if shape.tells_speakers:
             self.to_speaker = Widen(shape.shared_width, shape.task_width)
@@ -235,8 +250,8 @@ class Edge(nn.Module):
         )
 
 
-def _blocks(count: int, width: int, kernel: int) -> nn.ModuleList:
-    return nn.ModuleList(Block(width, kernel) for _ in range(count))
+def _blocks(count: int, width: int, kernel: int, ahead: int | None = None) -> nn.ModuleList:
+    return nn.ModuleList(Block(width, kernel, ahead) for _ in range(count))
 
 
 def unit(x: Tensor) -> Tensor:

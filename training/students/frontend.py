@@ -47,7 +47,11 @@ class LogMel(nn.Module):
         left = waveform.new_zeros(count, hop)
         right = waveform.new_zeros(count, hop)
         padded = torch.cat([left, waveform, right], dim=1)
-        frames = (padded.shape[1] - 1) // hop - 1
+        return self.of_frames(padded, (padded.shape[1] - 1) // hop - 1)
+
+    def of_frames(self, padded: Tensor, frames: int) -> Tensor:
+        """Features [B, mels, frames] of samples that begin one hop before the first frame's centre."""
+        count, hop = padded.shape[0], self.hop
         ahead = padded[:, 1 : frames * hop + 1].reshape(count, -1, hop)
         behind = padded[:, hop : (frames + 1) * hop].reshape(count, -1, hop).flip(2)
         real = torch.matmul(ahead + behind, self.cosine)

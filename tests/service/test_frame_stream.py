@@ -1,0 +1,128 @@
+"""Words in a stream that the bundle's streaming graph hears: each told once, with times, from bounded memory."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import numpy as np
+import pytest
+
+from model_store import KeywordInfo, LocalStore, StreamInfo
+from model_store.inference import Session
+from model_store.streaming import ENDLESS, Chunk, Progress, StreamingGraph
+from service.audio import SAMPLE_RATE_HZ
+from service.keywords import Array, allowed_labels
+from service.streaming import KEPT_WINDOWS, MOST_FRAMES, FrameStream, Pace, Spotter
+
+HOP = 800
+DELAY = 6
+WORDS = 3
+Said = list[tuple[float, float, int]]
+
+
+@pytest.fixture(scope="module")
+def info(builtin_store: LocalStore) -> KeywordInfo:
+    manifest = builtin_store.resolve("sotto-edge").manifest
+    return manifest.keywords.model_copy(update={"labels": manifest.keywords.labels[:WORDS], "window_s": 1.0})
+
+
+def stream_of(info: KeywordInfo) -> FrameStream:
+    graph = StreamingGraph(
+        cast(Session, None), StreamInfo(file="stream.onnx", delay_frames=DELAY, state_size=1), hop=HOP
+    )
+    spotter = Spotter(info, Pace(), allowed_labels(info, []), 0.5)
+    return FrameStream(info, Pace(), spotter, graph, shortest_s=0.1)
+
+
+def computed(chunk: Chunk, said: Said) -> tuple[Array, Progress]:
+    """As if the network heard, from second to second, the keyword with that number."""
+    count = len(chunk.samples) // HOP
+    first = chunk.progress.position - DELAY
+    frames = np.arange(max(0, first), max(0, min(first + count, -(-chunk.length // HOP))))
+    found = np.full((len(frames), 1 + WORDS), -6.0, np.float32)
+    found[:, 0] = 6.0
+    for start_s, end_s, number in said:
+        times = frames * HOP / SAMPLE_RATE_HZ
+        found[(start_s <= times) & (times < end_s), 1 + number] = 9.0
+    return found, Progress(chunk.progress.position + count, chunk.progress.state)
+
+
+def told(info: KeywordInfo, said: Said, *, seconds: float, size: int) -> list[tuple[str, float, float]]:
+    """(keyword, start, when it was told), in seconds of audio."""
+    stream, events = stream_of(info), []
+    samples = np.zeros(int(seconds * SAMPLE_RATE_HZ), np.float32)
+    for start in range(0, len(samples), size):
+        for piece in stream.push(samples[start : start + size]):
+            found = stream.settle(piece, *computed(stream.chunk(piece), said))
+            events += [(one.keyword, round(one.start_s, 1), (start + size) / SAMPLE_RATE_HZ) for one in found]
+    for piece in stream.flush():
+        found = stream.settle(piece, *computed(stream.chunk(piece), said))
+        events += [(one.keyword, round(one.start_s, 1), seconds) for one in found]
+    return events
+
+
+@pytest.mark.parametrize("size", [1, 160, 4_000, 4_001, 48_000, 96_000])
+def test_each_word_is_told_once_however_the_audio_comes(info: KeywordInfo, size: int) -> None:
+    first, second = info.labels[0].label, info.labels[1].label
+    said = [(0.3, 0.8, 0), (2.0, 2.5, 1), (3.6, 4.1, 0), (5.2, 5.7, 0)]
+    wanted = [(first, 0.3), (second, 2.0), (first, 3.6), (first, 5.2)]
+    assert [event[:2] for event in told(info, said, seconds=6.0, size=size)] == wanted
+
+
+def test_a_word_is_told_once_the_graph_and_the_pace_allow_it(info: KeywordInfo) -> None:
+    said = [(1.0, 1.5, 0)]
+    ((_, _, at_s),) = told(info, said, seconds=4.0, size=1_600)
+    pace = Pace()
+    assert at_s <= 1.5 + DELAY * HOP / SAMPLE_RATE_HZ + pace.settle_s + pace.hop_s + 0.1
+
+
+def test_a_word_at_the_very_end_is_told_when_the_stream_ends(info: KeywordInfo) -> None:
+    assert [event[:2] for event in told(info, [(1.8, 2.0, 2)], seconds=2.0, size=4_000)] == [
+        (info.labels[2].label, 1.8)
+    ]
+
+
+def test_nothing_is_said_to_last_longer_than_the_stream(info: KeywordInfo) -> None:
+    stream = stream_of(info)
+    events = []
+    samples = np.zeros(SAMPLE_RATE_HZ + 10, np.float32)
+    for piece in [*stream.push(samples)]:
+        events += stream.settle(piece, *computed(stream.chunk(piece), [(0.5, 9.0, 0)]))
+    for piece in stream.flush():
+        assert piece.length == len(samples)
+        events += stream.settle(piece, *computed(stream.chunk(piece), [(0.5, 9.0, 0)]))
+    assert [event.keyword for event in events] == [info.labels[0].label]
+    assert all(event.end_s <= len(samples) / SAMPLE_RATE_HZ for event in events)
+
+
+def test_a_stream_of_less_than_the_shortest_clip_is_nothing(info: KeywordInfo) -> None:
+    stream = stream_of(info)
+    assert list(stream.push(np.zeros(1_000, np.float32))) == []
+    assert list(stream.flush()) == []
+
+
+def test_every_sample_is_given_once_and_in_order(info: KeywordInfo) -> None:
+    stream = stream_of(info)
+    samples = np.arange(1, 100_001, dtype=np.float32)
+    pieces = []
+    for start in range(0, len(samples), 7_777):
+        pieces += list(stream.push(samples[start : start + 7_777]))
+    assert all(piece.length == ENDLESS for piece in pieces)
+    pieces += list(stream.flush())
+    assert all(len(piece.samples) % HOP == 0 for piece in pieces)
+    assert all(len(piece.samples) <= MOST_FRAMES * HOP for piece in pieces)
+    given = np.concatenate([piece.samples for piece in pieces])
+    assert np.array_equal(given[: len(samples)], samples)
+    assert not given[len(samples) :].any()
+    assert len(given) >= len(samples) + DELAY * HOP
+
+
+def test_memory_is_bounded(info: KeywordInfo) -> None:
+    stream = stream_of(info)
+    for _ in range(200):
+        for piece in stream.push(np.zeros(SAMPLE_RATE_HZ, np.float32)):
+            stream.settle(piece, *computed(stream.chunk(piece), [(0.0, 1e9, 0)]))
+    assert stream._logits is not None
+    assert len(stream._logits) <= KEPT_WINDOWS * info.window_s * SAMPLE_RATE_HZ / HOP
+    assert sum(len(part) for part in stream._waiting._parts) <= Pace().hop_s * SAMPLE_RATE_HZ
+    assert len(stream._spotter._told) == 1
