@@ -70,7 +70,7 @@ class StreamInfo(_Strict):
     # A frame's logits are there once so many frames more were heard.
     delay_frames: int = Field(ge=0, le=1000)
     # float32 values that a stream keeps between two calls.
-    state_size: int = Field(gt=0, le=2**24)
+    state_size: int = Field(gt=0, le=2**20)
 
 
 class Keyword(_Strict):
@@ -86,9 +86,9 @@ class KeywordInfo(_Strict):
     """Class i + 1 of `keyword_logits` is `labels[i]`; class 0 is background."""
 
     labels: tuple[Keyword, ...] = Field(min_length=1)
-    frame_hop_s: Finite = Field(gt=0)
+    frame_hop_s: Finite = Field(gt=0, le=1)
     # Scores are summed over this much time (see service/keywords.py).
-    window_s: Finite = Field(gt=0)
+    window_s: Finite = Field(gt=0, le=60)
     # After a detection the same keyword is not reported again for this long.
     refractory_s: Finite = Field(ge=0)
     thresholds_from: str

@@ -57,7 +57,8 @@ class StreamingGraph:
 
     def run(self, chunks: Sequence[Chunk]) -> list[tuple[Array, Progress]]:
         """For each of these chunks, which are equally long: the logits [T, K] of the frames that follow those given
-        before, T of which differs in the first and last `delay_frames` of a stream, and its progress."""
+        before, T of which differs in the first and last `delay_frames` of a stream, and its progress. Raises ValueError
+        where the graph gives something else than it should."""
         positions = np.array([chunk.progress.position for chunk in chunks], dtype=np.int64)
         feeds: dict[str, npt.NDArray[np.generic]] = {
             "samples": np.stack([chunk.samples for chunk in chunks]),
@@ -66,12 +67,16 @@ class StreamingGraph:
             "state": np.stack([chunk.progress.state for chunk in chunks]),
         }
         logits, states = self._session.run(["keyword_logits", "new_state"], feeds)
+        size, frames = self.info.state_size, len(chunks[0].samples) // self.hop
+        if states.shape != (len(chunks), size) or logits.ndim != 3 or logits.shape[:2] != (len(chunks), frames):
+            raise ValueError(f"{frames} frames gave logits {logits.shape} and state {states.shape}")
         found = []
         for row, chunk in enumerate(chunks):
             first = chunk.progress.position - self.info.delay_frames
-            last = min(first + logits.shape[1], -(-chunk.length // self.hop))
+            last = min(first + frames, -(-chunk.length // self.hop))
             own = logits[row, max(0, -first) : max(0, last - first)]
-            found.append((own, Progress(chunk.progress.position + logits.shape[1], states[row])))
+            # Copies: a stream must not keep its neighbours' states alive.
+            found.append((own.copy(), Progress(chunk.progress.position + frames, states[row].copy())))
         return found
 
     def whole(self, waveform: Array, *, frames: int) -> Array:

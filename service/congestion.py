@@ -15,6 +15,8 @@ from collections.abc import Callable
 FEW = 64
 # Weight of the newest answer in the running estimate of the time between two.
 PACE_MEMORY = 0.02
+# One stall of the machine says little about the answers after it.
+LONGEST_GAP_S = 0.25
 # Of the time a client gives, what the wait may take. As much again passes before a head is read and after the answer is
 # there, and the pace is an estimate: with a half, at twice the capacity, a fourth of what was accepted came too late.
 SHARE = 0.25
@@ -35,14 +37,15 @@ class Congestion:
 
     def end(self) -> None:
         """It was answered, or its client went away."""
+        many = self._under_way >= FEW
         self._under_way -= 1
-        if self._under_way < FEW:
+        if not many:
             # What follows may have waited for clients, not for us.
             self._last = None
             return
         now = self._clock()
         if self._last is not None:
-            self._between_s += PACE_MEMORY * (now - self._last - self._between_s)
+            self._between_s += PACE_MEMORY * (min(now - self._last, LONGEST_GAP_S) - self._between_s)
         self._last = now
 
     @property

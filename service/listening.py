@@ -8,6 +8,7 @@ waits is taken at once; what there is no time for is then turned away at little 
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import socket
 from collections.abc import Callable, Sequence
@@ -18,6 +19,37 @@ ACCEPTED_AT_ONCE = 512
 PAUSE_S = 1.0
 
 log = logging.getLogger(__name__)
+
+
+def bind(host: str, port: int) -> list[socket.socket]:
+    """A socket for each address that `host` has here, as `localhost` may have two; port 0 is a free one, of the first.
+    Raises OSError where one is taken, or none can be had."""
+    sockets: list[socket.socket] = []
+    failure = OSError(f"{host!r} has no address here")
+    for family, kind, protocol, _, address in dict.fromkeys(
+        socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    ):
+        own = (address[0], sockets[0].getsockname()[1] if sockets else port, *address[2:])
+        made = None
+        try:
+            made = socket.socket(family, kind, protocol)
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            made.bind(own)
+        except OSError as error:
+            if made is not None:
+                made.close()
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                for one in sockets:
+                    one.close()
+                raise
+            failure = error
+            continue
+        sockets.append(made)
+    if not sockets:
+        raise failure
+    return sockets
 
 
 class Listener:

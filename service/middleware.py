@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
-import re
 import time
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -12,11 +10,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import ServiceError, problem_response
 from service.metrics import Metrics
-from service.protocol import ABANDONED
+from service.protocol import ABANDONED, own_request_id
 from service.timing import StageClock
 
 REQUEST_ID = "X-Request-ID"
-_PLAIN_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 
 log = logging.getLogger(__name__)
@@ -36,8 +33,7 @@ class RequestFrame:
         state = scope.setdefault("state", {})
         clock = StageClock(self._metrics, state.get(ABANDONED, lambda: False))
         state["clock"] = clock
-        offered = Headers(scope=scope).get(REQUEST_ID, "")
-        request_id = offered if _PLAIN_ID.fullmatch(offered) else f"{random.getrandbits(128):032x}"
+        request_id = own_request_id(Headers(scope=scope).get(REQUEST_ID, ""))
         status = 500
         started = False
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import weakref
 from collections.abc import Callable, Collection
 from http import HTTPStatus
@@ -40,6 +41,8 @@ ALWAYS_ANSWERED = frozenset(("/healthz", "/readyz", "/metrics"))
 # What is turned away may be read to its end, so that the client keeps its connection, if it is no longer than this.
 MOST_UNWANTED_BYTES = 2**20
 TIMEOUT_HEADER = b"x-request-timeout-ms"
+REQUEST_ID = b"x-request-id"
+_PLAIN_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 # Times `limit_connections`: here even an answer would cost too much.
 NOT_ACCEPTED = 2
 # What we send on a stream are small messages: whoever leaves so much of them unread does so on purpose.
@@ -72,8 +75,9 @@ class BoundedHttp(HttpToolsProtocol):
         self._body_bytes = 0
         self._body_since = 0.0
         self._receiving: TimerHandle | None = None
-        self._under_way = 0
+        self._under_way = False
         self._turned_away = False
+        self._upgraded = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
@@ -85,17 +89,21 @@ class BoundedHttp(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         self._head_bytes += len(data)
         super().data_received(data)
+        if self._upgraded:
+            return
         if self._in_head and self._head_bytes > MOST_HEAD_BYTES:
             self._refuse(HeadTooLargeError(f"request line and headers take more than {MOST_HEAD_BYTES} bytes"))
         # Bytes stop uvicorn's timer of idle connections. Where they began no request (an empty line, the rest of a
         # body whose answer is out), nothing else would ever end this one.
-        waits = self.cycle is not None and self.cycle.response_complete and not self.pipeline
+        waits = (self.cycle is None or self.cycle.response_complete) and not self.pipeline
         timed = self._receiving is not None or self.timeout_keep_alive_task is not None
         if waits and not timed:
             self._await_next()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        # Of a request that came before in the same piece.
+        self._unset_keepalive_if_required()
         self._in_head = True
         if self._receiving is None:
             self._wait_for_head()
@@ -103,6 +111,10 @@ class BoundedHttp(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_head = False
         self._stop()
+        if self.transport.is_closing():
+            # Behind one that was refused: nobody will hear an answer.
+            self._turned_away = True
+            return
         crowded = len(self.connections) > self.bounds.limit_connections
         if self.parser.should_upgrade() and self._should_upgrade():
             if crowded:
@@ -138,28 +150,30 @@ class BoundedHttp(HttpToolsProtocol):
             self._turned_away = False
             self._await_next()
             return
-        # Where it was answered at its head there is nothing more to wait for.
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._under_way += 1
+        # Where it was answered at its head there is nothing more to wait for. A connection's requests are answered one
+        # after the other, so they count as one: thousands of them in one piece are no crowd.
+        if not self._under_way and self.cycle is not None and not self.cycle.response_complete:
+            self._under_way = True
             self.congestion.begin()
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        if self._under_way:
-            self._under_way -= 1
-            self.congestion.end()
+        if not self.pipeline:
+            self._count_out()
         super().on_response_complete()
 
     def handle_websocket_upgrade(self) -> None:
         self._stop()
+        if self.cycle is not None and not self.cycle.response_complete:
+            # Behind a request whose answer is owed: two protocols would write to one connection.
+            self.transport.close()
         if not self.transport.is_closing():
+            self._upgraded = True
             super().handle_websocket_upgrade()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop()
-        while self._under_way:
-            self._under_way -= 1
-            self.congestion.end()
+        self._count_out()
         super().connection_lost(exc)
 
     def _wait_for_head(self) -> None:
@@ -177,8 +191,14 @@ class BoundedHttp(HttpToolsProtocol):
             return
         self._receiving = self.loop.call_later(BODY_LOOK_EVERY_S, self._look_at_body)
 
+    def _count_out(self) -> None:
+        if self._under_way:
+            self._under_way = False
+            self.congestion.end()
+
     def _await_next(self) -> None:
         """Keep the connection for another request, not for ever."""
+        self._unset_keepalive_if_required()
         if not self.transport.is_closing():
             self.timeout_keep_alive_task = self.loop.call_later(
                 self.timeout_keep_alive, self.timeout_keep_alive_handler
@@ -215,12 +235,16 @@ class BoundedHttp(HttpToolsProtocol):
         error = OverloadedError(f"it would take {wait_s:.1f} s", retry_after_s=wait_s - SHARE * given_s)
         length = headers.get(b"content-length", b"" if b"transfer-encoding" in headers else b"0")
         short = length.isdigit() and int(length) <= MOST_UNWANTED_BYTES and not self.expect_100_continue
-        if not short or not self.parser.should_keep_alive() or self.parser.get_method() == b"HEAD":
+        kept = self.parser.should_keep_alive() and self.parser.get_http_version() == "1.1"
+        # To one that does not read its answers no more of them are written.
+        if not short or not kept or self.parser.get_method() == b"HEAD" or self.flow.write_paused:
             self._in_head = True
             self._refuse(error)
         else:
             self.refused(error.code)
-            self.transport.write(_answer(error, self.url.partition(b"?")[0].decode("latin-1"), close=False))
+            path = self.url.partition(b"?")[0].decode("latin-1")
+            given = headers.get(REQUEST_ID, b"").decode("latin-1")
+            self.transport.write(_answer(error, path, close=False, request_id=given))
         self._turned_away = True
         return True
 
@@ -293,16 +317,21 @@ async def cut_off_unread(connections: Collection[Any], timeout_s: float) -> None
                     transport.abort()
 
 
-def _answer(error: ServiceError, path: str, *, close: bool) -> bytes:
+def _answer(error: ServiceError, path: str, *, close: bool, request_id: str = "") -> bytes:
     """The whole response; what gives it has no ASGI application to ask."""
     response = problem_response(error, path)
-    response.headers["x-request-id"] = f"{random.getrandbits(128):032x}"
+    response.headers["x-request-id"] = own_request_id(request_id)
     if close:
         response.headers["connection"] = "close"
     status = HTTPStatus(error.status)
     lines = [f"HTTP/1.1 {status.value} {status.phrase}".encode()]
     lines += [name + b": " + text for name, text in response.raw_headers]
     return b"\r\n".join([*lines, b"", bytes(response.body)])
+
+
+def own_request_id(offered: str) -> str:
+    """What the client calls its request, if that is plain; otherwise one of ours."""
+    return offered if _PLAIN_ID.fullmatch(offered) else f"{random.getrandbits(128):032x}"
 
 
 def _crowd() -> OverloadedError:

@@ -13,10 +13,12 @@ from contextlib import contextmanager
 import uvicorn
 
 from service.app import create_app
-from service.listening import Listener
+from service.listening import Listener, bind
 from service.protocol import NOT_ACCEPTED, BoundedHttp, BoundedStream, cut_off_unread, protocol_for
 from service.runtime import Runtime
 from service.settings import Settings
+
+log = logging.getLogger(__name__)
 
 # Beside connections: the database, the model store, what libraries open.
 OTHER_FILES = 256
@@ -104,15 +106,13 @@ def _address(host: str) -> str:
 
 
 def run(settings: Settings) -> int:
-    """Serve until told to stop; the exit status. Raises what Runtime.start does."""
+    """Serve until told to stop; the exit status, 1 where it cannot listen. Raises what Runtime.start does."""
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("alembic").setLevel(logging.WARNING)
     app = create_app(settings)
     runtime: Runtime = app.state.runtime
     config = uvicorn.Config(
         app,
-        host=settings.host,
-        port=settings.port,
         http=protocol_for(settings, runtime.metrics),
         loop="uvloop",
         ws=BoundedStream,
@@ -128,10 +128,15 @@ def run(settings: Settings) -> int:
         server_header=False,
     )
     _allow_files(NOT_ACCEPTED * settings.limit_connections + OTHER_FILES)
+    try:
+        sockets = bind(settings.host, settings.port)
+    except OSError as error:
+        log.error("cannot listen on %s:%d: %s", settings.host, settings.port, (error.strerror or str(error)).lower())
+        return 1
     # In the lifespan a failure would be uvicorn's, told as a traceback.
     runtime.start()
     server = Server(config, settings, runtime)
-    server.run([config.bind_socket()])
+    server.run(sockets)
     return 0 if server.started else 1
 
 

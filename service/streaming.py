@@ -35,9 +35,8 @@ class Pace:
     settle_s: float = 0.1
 
 
-# Of what the streaming graph gave, this many windows are kept and searched: a word at the end of one is whole in two.
-KEPT_WINDOWS = 2.0
-# Frames in one call of the streaming graph at most: a stream that is behind, or a file, takes its turn with others.
+# Frames in one call of the streaming graph at most, but for a stream's last: one that is behind, or a file, takes its
+# turn with others.
 MOST_FRAMES = 40
 
 
@@ -179,13 +178,15 @@ class FrameStream:
         self._spotter = spotter
         self._graph = graph
         self._frame_s = graph.hop / SAMPLE_RATE_HZ
-        self._hop = max(1, round(pace.hop_s / self._frame_s)) * graph.hop
-        self._keep = round(KEPT_WINDOWS * info.window_s / self._frame_s)
+        self._frames = max(1, round(pace.hop_s / self._frame_s))
+        self._hop = self._frames * graph.hop
+        # As with sliding windows: in a longer stretch, words that follow each other closely are one to `detect`.
+        self._keep = max(self._frames, round(info.window_s / self._frame_s))
         self._shortest = round(shortest_s * SAMPLE_RATE_HZ)
         self._waiting = _Waiting()
         self._heard = 0
         self._progress = graph.begin()
-        self._logits: Array | None = None
+        self._logits: list[Array] = []
         self._known = 0
 
     def push(self, samples: Samples) -> Iterator[Piece]:
@@ -206,7 +207,7 @@ class FrameStream:
         rest = self._waiting.take()
         if self._heard < self._shortest:
             return
-        frames = -(-len(rest) // self._graph.hop) + self._graph.info.delay_frames
+        frames = max(1, -(-len(rest) // self._graph.hop) + self._graph.info.delay_frames)
         padded = np.zeros(frames * self._graph.hop, dtype=np.float32)
         padded[: len(rest)] = rest
         yield Piece(padded, self._heard)
@@ -218,16 +219,22 @@ class FrameStream:
     def settle(self, piece: Piece, logits: Array, progress: Progress) -> list[Detection]:
         """What the graph's logits [T, K] for the piece tell that was not told before."""
         self._progress = progress
-        self._known += len(logits)
-        kept = logits if self._logits is None else np.concatenate([self._logits, logits])
         last = piece.length != ENDLESS
-        start = self._known - len(kept)
-        # As much as this piece brought is searched as well, or a large one would hide its own beginning.
-        self._logits = kept[-self._keep :]
-        if not len(kept):
-            return []
+        events: list[Detection] = []
+        while len(logits):
+            # Looked at after the same frames however the audio came.
+            count = self._frames - (self._known + self._graph.info.delay_frames) % self._frames
+            own, logits = logits[:count], logits[count:]
+            events += self._look(own, last=last and not len(logits))
+        return events
+
+    def _look(self, logits: Array, *, last: bool) -> list[Detection]:
+        self._known += len(logits)
+        kept = np.concatenate([*self._logits, logits])[-self._keep :]
+        self._logits = [kept]
+        start_s = (self._known - len(kept)) * self._frame_s
         end_s = self._heard / SAMPLE_RATE_HZ if last else self._known * self._frame_s
-        return self._spotter.settle(Span(start * self._frame_s, end_s, last), kept)
+        return self._spotter.settle(Span(start_s, end_s, last), kept)
 
 
 def _meet(one: Detection, other: Detection) -> bool:

@@ -25,6 +25,7 @@ EXPECTED = [
     "ModelReference",
     "SpeakerInfo",
     "StoreError",
+    "StreamInfo",
     "builtin_store_path",
     "verify_bundle",
 ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from tests.service.threads import PATIENCE_S, serving, until
 DETECT = "/v1/keywords/detect"
 CLIP = encoded(voice(1.0))
 WAV = {"Content-Type": "audio/wav"}
+KEEP_ALIVE_S = 1
 
 
 class Clock:
@@ -51,6 +54,17 @@ def test_few_requests_wait_for_nothing_however_slow_they_are() -> None:
     assert crowd(Clock(), under_way=FEW - 2, answers=1000, each_s=1.0).wait_s == 0
 
 
+def test_one_stall_is_forgotten_by_answers_at_the_old_pace() -> None:
+    clock = Clock()
+    found = crowd(clock, under_way=FEW, answers=1000, each_s=0.001)
+    clock.now += 60
+    for _ in range(1000):
+        found.end()
+        clock.now += 0.001
+        found.begin()
+    assert found.wait_s == pytest.approx(FEW * 0.001, rel=0.05)
+
+
 def test_a_quiet_time_is_no_slow_answer() -> None:
     clock = Clock()
     found = crowd(clock, under_way=FEW, answers=1000, each_s=0.001)
@@ -60,13 +74,20 @@ def test_a_quiet_time_is_no_slow_answer() -> None:
     for _ in range(FEW + 1):
         found.begin()
     found.end()
-    assert found.wait_s == pytest.approx(FEW * 0.001, rel=0.01)
+    assert found.wait_s == pytest.approx(FEW * 0.001, rel=0.05)
 
 
 class Crowded(Congestion):
     """Says what it is told to say, and counts as ever."""
 
     told_s = 0.0
+    begun = 0
+    most = 0
+
+    def begin(self) -> None:
+        super().begin()
+        self.begun += 1
+        self.most = max(self.most, self.under_way)
 
     @property
     def wait_s(self) -> float:
@@ -82,7 +103,7 @@ def http(tmp_path: Path) -> Iterator[tuple[type[BoundedHttp], Crowded, int]]:
     app = create_app(Settings(data_dir=tmp_path, inference_threads=1, request_timeout_s=10.0))
     kind = protocol_for(Settings(data_dir=tmp_path, request_timeout_s=10.0), app.state.runtime.metrics)
     kind.congestion = crowded = Crowded()
-    with serving(app, kind) as (_, port):
+    with serving(app, kind, keep_alive_s=KEEP_ALIVE_S) as (_, port):
         yield kind, crowded, port
 
 
@@ -93,14 +114,14 @@ def test_who_has_time_is_answered_and_who_has_not_is_told_when_to_come_again(
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client:
         crowded.told_s = 10.0 * SHARE - 0.1
         assert client.post(DETECT, content=CLIP, headers=WAV).status_code == 200
-        hasty = {**WAV, "X-Request-Timeout-Ms": "1000"}
+        hasty = {**WAV, "X-Request-Timeout-Ms": "1000", "X-Request-ID": "mine"}
         ports = []
         for _ in range(3):
             refused = client.post(DETECT, content=CLIP, headers=hasty)
             assert (refused.status_code, refused.json()["code"]) == (503, "overloaded")
             assert refused.json()["instance"] == DETECT
             assert int(refused.headers["retry-after"]) == 3
-            assert refused.headers["x-request-id"]
+            assert refused.headers["x-request-id"] == "mine"
             ports.append(refused.extensions["network_stream"].get_extra_info("client_addr"))
         assert len(set(ports)) == 1, "the connection is kept"
         assert client.post(DETECT, content=CLIP, headers=WAV).status_code == 200
@@ -159,11 +180,93 @@ def test_what_is_under_way_is_counted_until_it_is_answered_or_its_client_left(
         asking.sendall(CLIP[-1:])
         asking.recv(2**16)
         # Answered at its head, so never a whole request under way.
-        asking.sendall(b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n")
-        asking.recv(2**16)
-        for _ in range(8):
-            asking.sendall(head.encode() + CLIP)
+        asking.sendall(b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n")
+        assert asking.recv(2**16).startswith(b"HTTP/1.1 404")
+        asking.sendall(b"12345")
+        # As many as one likes in one piece are one connection's.
+        asking.sendall(head.encode() + CLIP + b"GET /v1/keywords HTTP/1.1\r\nHost: x\r\n\r\n" * 100)
+        assert asking.recv(1)
+        assert crowded.most == 1
     until(lambda: crowded.under_way == 0)
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client:
-        assert client.post(DETECT, content=CLIP, headers=WAV).status_code == 200
-    assert crowded.under_way == 0
+    assert crowded.begun == 2
+
+
+@pytest.mark.parametrize(
+    "handshake", ["", "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"]
+)
+def test_a_stream_behind_an_unanswered_request_is_closed_and_counted_out(
+    http: tuple[type[BoundedHttp], Crowded, int], handshake: str
+) -> None:
+    _, crowded, port = http
+    first = "GET /v1/keywords HTTP/1.1\r\nHost: x\r\n\r\n"
+    upgrade = (
+        f"GET /v1/keywords/stream HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n{handshake}\r\n"
+    )
+    for _ in range(3):
+        with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as asking:
+            asking.sendall((first + upgrade).encode())
+            while asking.recv(2**16):
+                pass
+    until(lambda: crowded.under_way == 0)
+    assert crowded.begun == 3
+
+
+def test_who_is_turned_away_and_sends_an_empty_line_is_not_kept_for_ever(
+    http: tuple[type[BoundedHttp], Crowded, int],
+) -> None:
+    _, crowded, port = http
+    crowded.told_s = 60.0
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as asking:
+        asking.sendall(b"GET /v1/keywords HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert asking.recv(2**16).startswith(b"HTTP/1.1 503")
+        asking.sendall(b"\r\n")
+        assert asking.recv(2**16) == b""
+
+
+def test_a_request_behind_one_that_was_turned_away_is_not_cut_off(http: tuple[type[BoundedHttp], Crowded, int]) -> None:
+    """By the timer that waited for it."""
+    _, crowded, port = http
+    crowded.told_s = 60.0
+    away = b"GET /v1/keywords HTTP/1.1\r\nHost: x\r\n\r\n"
+    slow = b"POST /v1/keywords/detect HTTP/1.1\r\nHost: x\r\nContent-Type: audio/wav\r\nContent-Length: %d\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as asking:
+        asking.sendall(away + away)
+        answer = b""
+        while answer.count(b"HTTP/1.1 503") < 2:
+            answer += asking.recv(2**16)
+        crowded.told_s = 0.0
+        asking.sendall(slow % len(CLIP))
+        time.sleep(1.5 * KEEP_ALIVE_S)
+        asking.sendall(CLIP)
+        assert asking.recv(2**16).startswith(b"HTTP/1.1 200")
+
+
+def test_who_does_not_read_is_not_answered_again_and_again(http: tuple[type[BoundedHttp], Crowded, int]) -> None:
+    _, crowded, port = http
+    crowded.told_s = 60.0
+    with socket.socket() as asking:
+        asking.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        asking.connect(("127.0.0.1", port))
+        asking.settimeout(PATIENCE_S)
+        with contextlib.suppress(ConnectionError):
+            for _ in range(200):
+                asking.sendall(b"GET /v1/keywords HTTP/1.1\r\nHost: x\r\n\r\n" * 200)
+            size = 0
+            while piece := asking.recv(2**16):
+                size += len(piece)
+        assert crowded.begun == 0
+
+
+def test_a_request_behind_a_refusal_that_closes_is_not_carried_out(
+    http: tuple[type[BoundedHttp], Crowded, int],
+) -> None:
+    _, crowded, port = http
+    crowded.told_s = 60.0
+    last = b"GET /v1/keywords HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as asking:
+        asking.sendall(last + b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        answer = b""
+        while piece := asking.recv(2**16):
+            answer += piece
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert crowded.begun == 0

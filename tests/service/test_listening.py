@@ -79,3 +79,27 @@ def test_a_system_that_gives_no_more_is_asked_again_later(
         assert (failures, Counting.made) == ([], 1)
 
     run(work())
+
+
+def test_a_name_is_listened_to_on_each_of_its_addresses_and_one_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0)),
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0)),
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.2", 0)),
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.1", 0)),  # of no machine
+    ]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    sockets = listening.bind("both", 0)
+    names = [one.getsockname() for one in sockets]
+    for one in sockets:
+        one.close()
+    assert [name[0] for name in names] == ["127.0.0.1", "127.0.0.2"]
+    assert len({name[1] for name in names}) == 1
+
+
+def test_what_cannot_be_listened_on_is_an_error(bound: socket.socket) -> None:
+    bound.listen()
+    with pytest.raises(OSError, match="in use"):
+        listening.bind("127.0.0.1", bound.getsockname()[1])
+    with pytest.raises(OSError, match="assign"):
+        listening.bind("192.0.2.1", 0)

@@ -17,11 +17,13 @@ PATIENCE_S = 60.0
 
 
 @contextmanager
-def serving(app: FastAPI, http: type[BoundedHttp]) -> Iterator[tuple[uvicorn.Server, int]]:
+def serving(app: FastAPI, http: type[BoundedHttp], *, keep_alive_s: int = 5) -> Iterator[tuple[uvicorn.Server, int]]:
     """The server and its port."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, http=http, log_level="warning", access_log=False))
+        server = uvicorn.Server(
+            uvicorn.Config(app, http=http, log_level="warning", access_log=False, timeout_keep_alive=keep_alive_s)
+        )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

@@ -1,8 +1,8 @@
 """A served bundle as a teacher of keywords (Hinton et al. 2015, "Distilling the knowledge in a neural network").
 
-It hears what the student hears, noise and all, and the student learns its probabilities of what was said in the clip:
-beside the label, which other words it sounded like. The bundle's graph is all that is needed, so whoever has the
-repository has the teacher.
+It hears the waveform that the student hears, noise and all (but not the changes of features, `spectral.py`), and the
+student learns its probabilities of what was said in the clip: beside the label, which other words it sounded like. The
+bundle's graph is all that is needed, so whoever has the repository has the teacher.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from torch import Tensor
 from model_store import Bundle, LocalStore, StoreError, builtin_store_path
 from model_store.graph import part_of
 from model_store.inference import open_session
+from training.audio_cache import SAMPLE_RATE_HZ
 from training.errors import TeacherError
 from training.objectives.spotting import event_log_odds
+from training.students.edge import FRAME_HOP
 
 
 class SoftTargets:
@@ -28,6 +30,8 @@ class SoftTargets:
         own = [keyword.label for keyword in bundle.manifest.keywords.labels]
         if sorted(own) != sorted(labels):
             raise TeacherError(f"{reference} knows {len(own)} keywords, and the data has {len(labels)} others or more")
+        if round(bundle.manifest.keywords.frame_hop_s * SAMPLE_RATE_HZ) != FRAME_HOP:
+            raise TeacherError(f"{reference} has frames of {bundle.manifest.keywords.frame_hop_s} s, not the student's")
         self.digest = bundle.digest
         # Background first, in both.
         self._order = torch.tensor([0, *(1 + own.index(label) for label in labels)])
