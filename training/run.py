@@ -25,6 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 from training.audio_cache import SAMPLE_RATE_HZ, AudioCache
 from training.batches import NO_SPEAKER, Batch, BatchSource, batches
 from training.beside import check_beside
+from training.checkpoint import restore, save, update_average
 from training.errors import RunError, TeacherError
 from training.files import write_json
 from training.hints import HintCache, HintHead, SpeechEmbedding
@@ -131,7 +132,7 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int |
     optimizer = _optimizer(recipe, [student, heads])
     average = {name: value.detach().clone() for name, value in student.state_dict().items()}
     _write_run_file(recipe, folder, prepared, source, student)
-    done = _restore(folder, student, heads, optimizer, average)
+    done = restore(folder, student, heads, optimizer, average)
     last = min(recipe.schedule.steps, stop_after or recipe.schedule.steps)
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done)
     with training_progress() as progress:
@@ -139,14 +140,14 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int |
         stream = batches(source, done, last, workers=recipe.schedule.workers)
         for step, batch in enumerate(stream, start=done):
             terms = _step(recipe, step, batch, student, heads, optimizer, soft)
-            _update_average(average, student, recipe.schedule.average_decay, step)
+            update_average(average, student, recipe.schedule.average_decay, step)
             progress.update(bar, advance=1, loss=f"loss {terms['total']:.3f}")
             if step % 20 == 0:
                 for name, value in terms.items():
                     writer.add_scalar(f"loss/{name}", value, step)
             finished = step + 1
             if finished % recipe.schedule.checkpoint_every == 0 or finished == last:
-                _save(folder, finished, student, heads, optimizer, average)
+                save(folder, finished, student, heads, optimizer, average)
                 checkpoints = finished // recipe.schedule.checkpoint_every
                 if prepared.monitor and checkpoints % MONITOR_EVERY_CHECKPOINTS == 0:
                     seen = watch(_averaged(recipe, prepared, average), prepared)
@@ -293,59 +294,10 @@ def _optimizer(recipe: Recipe, modules: Iterable[nn.Module]) -> torch.optim.Adam
     )
 
 
-def _update_average(average: dict[str, torch.Tensor], student: Edge, decay: float, step: int) -> None:
-    """Exponential average of weights and statistics; the first steps count less (Adam's correction)."""
-    decay = min(decay, (1 + step) / (10 + step))
-    for name, value in student.state_dict().items():
-        if value.dtype.is_floating_point:
-            average[name].lerp_(value.detach(), 1 - decay)
-        else:
-            average[name].copy_(value)
-
-
 def _averaged(recipe: Recipe, prepared: Prepared, average: dict[str, torch.Tensor]) -> Edge:
     student = Edge(1 + len(prepared.labels), recipe.shape)
     student.load_state_dict(average)
     return student.eval()
-
-
-def _save(
-    folder: Path,
-    step: int,
-    student: Edge,
-    heads: TrainingHeads,
-    optimizer: torch.optim.Optimizer,
-    average: dict[str, torch.Tensor],
-) -> None:
-    partial = folder / "last.partial"
-    state = {
-        "step": step,
-        "student": student.state_dict(),
-        "heads": heads.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "average": average,
-    }
-    torch.save(state, partial)
-    partial.replace(folder / "last.pt")
-
-
-def _restore(
-    folder: Path,
-    student: Edge,
-    heads: TrainingHeads,
-    optimizer: torch.optim.Optimizer,
-    average: dict[str, torch.Tensor],
-) -> int:
-    path = folder / "last.pt"
-    if not path.is_file():
-        return 0
-    state = torch.load(path, weights_only=True)
-    student.load_state_dict(state["student"])
-    heads.load_state_dict(state["heads"])
-    optimizer.load_state_dict(state["optimizer"])
-    for name, value in state["average"].items():
-        average[name].copy_(value)
-    return int(state["step"])
 
 
 def _write_run_file(recipe: Recipe, folder: Path, prepared: Prepared, source: BatchSource, student: Edge) -> None:
