@@ -34,8 +34,9 @@ MEMORY_FACTOR = 3
 # Bytes of float weights for each byte of the file.
 FLOAT_BYTES = {"float32": 1, "int8": 4}
 # (seconds, clips) run before the first caller comes, the largest batch in place of None.
-WARM_UP_FRAMES = (5, 40)
 WARM_UP = ((1.0, 1), (1.0, None), (4.0, 2), (10.0, 1))
+# The same for streams: what a microphone brings at a time, and what a file sent faster than it plays does.
+WARM_UP_FRAMES = (5, 40)
 
 
 @dataclass(frozen=True, slots=True)

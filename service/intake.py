@@ -35,13 +35,17 @@ class Clip:
 
 def deadline_of(request: Request, settings: Settings) -> float:
     """The request's deadline on time.monotonic. Raises InvalidRequestError for a header that is no number."""
-    text = request.headers.get(TIMEOUT_HEADER)
-    timeout_s = settings.request_timeout_s
-    if text is not None:
-        if not text.isascii() or not text.isdigit() or len(text) > 9 or int(text) == 0:
-            raise InvalidRequestError(f"X-Request-Timeout-Ms is {text[:40]!r}; it must be a positive whole number")
-        timeout_s = min(timeout_s, int(text) / 1000)
-    return time.monotonic() + timeout_s
+    return time.monotonic() + time_given_s(request.headers.get(TIMEOUT_HEADER), settings)
+
+
+def time_given_s(asked: str | None, settings: Settings) -> float:
+    """What a request may take by its TIMEOUT_HEADER, None where it has none, and by the settings. Raises
+    InvalidRequestError for what is no number."""
+    if asked is None:
+        return settings.request_timeout_s
+    if not asked.isascii() or not asked.isdigit() or len(asked) > 9 or int(asked) == 0:
+        raise InvalidRequestError(f"X-Request-Timeout-Ms is {asked[:40]!r}; it must be a positive whole number")
+    return min(settings.request_timeout_s, int(asked) / 1000)
 
 
 async def receive_clips(

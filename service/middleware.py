@@ -10,10 +10,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import ServiceError, problem_response
 from service.metrics import Metrics
-from service.protocol import ABANDONED, own_request_id
+from service.protocol import ABANDONED, REQUEST_ID, own_request_id
 from service.timing import StageClock
 
-REQUEST_ID = "X-Request-ID"
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,15 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from service.congestion import SHARE, Congestion
-from service.errors import HeadTooLargeError, OverloadedError, RequestTooSlowError, ServiceError, problem_response
+from service.errors import (
+    HeadTooLargeError,
+    InvalidRequestError,
+    OverloadedError,
+    RequestTooSlowError,
+    ServiceError,
+    problem_response,
+)
+from service.intake import TIMEOUT_HEADER, time_given_s
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -40,8 +48,7 @@ ABANDONED = "abandoned"
 ALWAYS_ANSWERED = frozenset(("/healthz", "/readyz", "/metrics"))
 # What is turned away may be read to its end, so that the client keeps its connection, if it is no longer than this.
 MOST_UNWANTED_BYTES = 2**20
-TIMEOUT_HEADER = b"x-request-timeout-ms"
-REQUEST_ID = b"x-request-id"
+REQUEST_ID = "X-Request-ID"
 _PLAIN_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 # Times `limit_connections`: here even an answer would cost too much.
 NOT_ACCEPTED = 2
@@ -223,17 +230,17 @@ class BoundedHttp(HttpToolsProtocol):
 
     def _turn_away(self, wait_s: float) -> bool:
         """Answer a request at its head if its time is too short for such a wait."""
-        headers = dict(self.headers)
-        asked = headers.get(TIMEOUT_HEADER, b"")
-        given_s = self.bounds.request_timeout_s
-        # What is no number is told so by the route, should it get there.
-        if asked.isdigit() and len(asked) <= 9:
-            given_s = min(given_s, int(asked) / 1000)
+        headers = {name.decode("latin-1"): text.decode("latin-1") for name, text in self.headers}
+        try:
+            given_s = time_given_s(headers.get(TIMEOUT_HEADER), self.bounds)
+        except InvalidRequestError:
+            # The route says so, should it get there.
+            given_s = self.bounds.request_timeout_s
         earlier = self.cycle is not None and not self.cycle.response_complete
         if wait_s <= SHARE * given_s or earlier:
             return False
         error = OverloadedError(f"it would take {wait_s:.1f} s", retry_after_s=wait_s - SHARE * given_s)
-        length = headers.get(b"content-length", b"" if b"transfer-encoding" in headers else b"0")
+        length = headers.get("content-length", "" if "transfer-encoding" in headers else "0")
         short = length.isdigit() and int(length) <= MOST_UNWANTED_BYTES and not self.expect_100_continue
         kept = self.parser.should_keep_alive() and self.parser.get_http_version() == "1.1"
         # To one that does not read its answers no more of them are written.
@@ -243,7 +250,7 @@ class BoundedHttp(HttpToolsProtocol):
         else:
             self.refused(error.code)
             path = self.url.partition(b"?")[0].decode("latin-1")
-            given = headers.get(REQUEST_ID, b"").decode("latin-1")
+            given = headers.get(REQUEST_ID.lower(), "")
             self.transport.write(_answer(error, path, close=False, request_id=given))
         self._turned_away = True
         return True
@@ -320,7 +327,7 @@ async def cut_off_unread(connections: Collection[Any], timeout_s: float) -> None
 def _answer(error: ServiceError, path: str, *, close: bool, request_id: str = "") -> bytes:
     """The whole response; what gives it has no ASGI application to ask."""
     response = problem_response(error, path)
-    response.headers["x-request-id"] = own_request_id(request_id)
+    response.headers[REQUEST_ID] = own_request_id(request_id)
     if close:
         response.headers["connection"] = "close"
     status = HTTPStatus(error.status)

@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, cast
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -196,13 +196,9 @@ class _Stream:
         priority = Priority.STREAM if ahead_s < AHEAD_S else Priority.CLIP
         deadline = came + self._runtime.settings.request_timeout_s
         if isinstance(self._keywords, FrameStream):
-            await self._spot_pieces(
-                self._keywords, [part for part in parts if isinstance(part, Piece)], deadline, priority
-            )
+            await self._spot_pieces(self._keywords, cast(Sequence[Piece], parts), deadline, priority)
         else:
-            await self._spot_windows(
-                self._keywords, [part for part in parts if isinstance(part, Window)], deadline, priority
-            )
+            await self._spot_windows(self._keywords, cast(Sequence[Window], parts), deadline, priority)
         self._runtime.metrics.stream_delay.observe(time.monotonic() - came)
 
     async def _spot_windows(

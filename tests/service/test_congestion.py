@@ -98,6 +98,11 @@ class Crowded(Congestion):
         return self._under_way
 
 
+def to_its_end(asking: socket.socket) -> bytes:
+    """All that is answered until the service closes the connection."""
+    return b"".join(iter(lambda: asking.recv(2**16), b""))
+
+
 @pytest.fixture
 def http(tmp_path: Path) -> Iterator[tuple[type[BoundedHttp], Crowded, int]]:
     app = create_app(Settings(data_dir=tmp_path, inference_threads=1, request_timeout_s=10.0))
@@ -146,9 +151,7 @@ def test_what_need_not_be_read_to_its_end_is_not(http: tuple[type[BoundedHttp], 
     crowded.told_s = 60.0
     with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as asking:
         asking.sendall(f"POST {DETECT} HTTP/1.1\r\nHost: x\r\n{head}\r\n".encode())
-        answer = b""
-        while piece := asking.recv(2**16):
-            answer += piece
+        answer = to_its_end(asking)
     assert answer.startswith(b"HTTP/1.1 503 ")
     assert b"connection: close" in answer
     assert answer.count(b"HTTP/1.1") == 1
@@ -205,8 +208,7 @@ def test_a_stream_behind_an_unanswered_request_is_closed_and_counted_out(
     for _ in range(3):
         with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as asking:
             asking.sendall((first + upgrade).encode())
-            while asking.recv(2**16):
-                pass
+            to_its_end(asking)
     until(lambda: crowded.under_way == 0)
     assert crowded.begun == 3
 
@@ -251,9 +253,7 @@ def test_who_does_not_read_is_not_answered_again_and_again(http: tuple[type[Boun
         with contextlib.suppress(ConnectionError):
             for _ in range(200):
                 asking.sendall(b"GET /v1/keywords HTTP/1.1\r\nHost: x\r\n\r\n" * 200)
-            size = 0
-            while piece := asking.recv(2**16):
-                size += len(piece)
+            to_its_end(asking)
         assert crowded.begun == 0
 
 
@@ -265,8 +265,6 @@ def test_a_request_behind_a_refusal_that_closes_is_not_carried_out(
     last = b"GET /v1/keywords HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
     with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as asking:
         asking.sendall(last + b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
-        answer = b""
-        while piece := asking.recv(2**16):
-            answer += piece
+        answer = to_its_end(asking)
     assert answer.count(b"HTTP/1.1 ") == 1
     assert crowded.begun == 0

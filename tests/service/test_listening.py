@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 
 import pytest
 import uvloop
@@ -31,9 +31,9 @@ def bound() -> Iterator[socket.socket]:
         yield made
 
 
-def run(work: object) -> None:
+def run(work: Coroutine[object, object, None]) -> None:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(work)  # type: ignore[arg-type]  # a coroutine
+        runner.run(work)
 
 
 def test_all_that_wait_are_taken_in_within_a_few_turns(bound: socket.socket) -> None:

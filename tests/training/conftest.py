@@ -36,28 +36,31 @@ def _still_one_thread() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class TinyRun:
-    """A finished run and the loss of each of its steps."""
+    """A finished run and the terms of the loss of each of its steps."""
 
     recipe: Recipe
     folder: Path
     cache: Path
-    losses: list[float]
+    terms: list[dict[str, float]]
+
+    @property
+    def losses(self) -> list[float]:
+        return [term["total"] for term in self.terms]
 
 
 def train_tiny(recipe: Recipe, folder: Path, cache: Path) -> TinyRun:
     """Train to the end, taking note of every step's loss."""
-    losses: list[float] = []
+    terms: list[dict[str, float]] = []
     step = run_module._step
 
     def noted(*arguments: object) -> dict[str, float]:
-        terms = step(*arguments)
-        losses.append(terms["total"])
-        return terms
+        terms.append(step(*arguments))
+        return terms[-1]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module, "_step", noted)
         run_module.train(recipe, folder, cache)
-    return TinyRun(recipe, folder, cache, losses)
+    return TinyRun(recipe, folder, cache, terms)
 
 
 @pytest.fixture(scope="session")
