@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -43,6 +44,7 @@ from training.manifest import Clip, labels_of
 from training.students.edge import FRAME_HOP, FRAME_STRIDE, STEM_STRIDE, Edge
 from training.students.frontend import HOP
 from training.students.streaming import StreamingEdge
+from training.teachers import SelfSupervised
 
 OPSET = 17
 TOLERANCE = 1e-4
@@ -120,7 +122,9 @@ def traced(student: nn.Module) -> bytes:
     waveform = torch.zeros(2, SAMPLE_RATE_HZ)
     lengths = torch.tensor([SAMPLE_RATE_HZ, SAMPLE_RATE_HZ // 2])
     axes = {"waveform": "samples", "keyword_logits": "frames", "frames": "frames"}
-    return _to_onnx(served, {"waveform": waveform, "lengths": lengths}, served.names, axes)
+    trunk = getattr(student, "trunk", None)
+    with trunk.plain_attention() if isinstance(trunk, SelfSupervised) else nullcontext():
+        return _to_onnx(served, {"waveform": waveform, "lengths": lengths}, served.names, axes)
 
 
 def traced_stream(streaming: StreamingEdge) -> bytes:

@@ -2,6 +2,8 @@
 
 `in_two_dimensions`: it has fast kernels for convolutions over height and width only; those over time alone, of
 which transformers' models are full, are slower, the grouped one of 128 taps most of all. So they get a height of one.
+Where it pads, a kernel computes output by output. With 64 zeros on either side that is all of a second, so the zeros of
+long kernels are put there before, by a Concat: a Pad would be made part of the convolution again.
 
 `keep_blocked`: it keeps its blocked layout from end to end.
 
@@ -33,6 +35,8 @@ PROBE_FRAMES = 109
 
 # The axis of height, as a tensor of the graph.
 HEIGHT = "height_axis"
+# Taps from which on a convolution's zeros are put around its input.
+LONG_KERNEL = 32
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -79,6 +83,12 @@ def _with_height(node: onnx.NodeProto, kernel: onnx.TensorProto) -> list[onnx.No
     """The convolution between two changes of shape."""
     given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
     first, last = given.get("pads", [0, 0])
+    (output,) = node.output
+    high, padded, convolved = f"{output}_high", f"{output}_padded", f"{output}_convolved"
+    around: list[onnx.NodeProto] = []
+    if kernel.dims[2] >= LONG_KERNEL and first == last > 0:
+        around = _zeros_around(high, padded, kernel.dims[1] * given.get("group", 1), first)
+        first = last = 0
     attributes = {
         **given,
         "kernel_shape": [1, kernel.dims[2]],
@@ -86,12 +96,26 @@ def _with_height(node: onnx.NodeProto, kernel: onnx.TensorProto) -> list[onnx.No
         "dilations": [1, *given.get("dilations", [1])],
         "pads": [0, first, 0, last],
     }
-    (output,) = node.output
-    high, convolved = f"{output}_high", f"{output}_convolved"
     return [
         helper.make_node("Unsqueeze", [node.input[0], HEIGHT], [high]),
-        helper.make_node("Conv", [high, *node.input[1:]], [convolved], name=node.name, **attributes),
+        *around,
+        helper.make_node(
+            "Conv", [padded if around else high, *node.input[1:]], [convolved], name=node.name, **attributes
+        ),
         helper.make_node("Squeeze", [convolved, HEIGHT], [output]),
+    ]
+
+
+def _zeros_around(name: str, padded: str, channels: int, count: int) -> list[onnx.NodeProto]:
+    """`count` zeros on either side of [B, channels, 1, T]."""
+    batch, rest, shape, zeros = (f"{padded}_{part}" for part in ("batch", "rest", "shape", "zeros"))
+    sizes = numpy_helper.from_array(np.array([channels, 1, count]))
+    return [
+        helper.make_node("Shape", [name], [batch], start=0, end=1),
+        helper.make_node("Constant", [], [rest], value=sizes),
+        helper.make_node("Concat", [batch, rest], [shape], axis=0),
+        helper.make_node("ConstantOfShape", [shape], [zeros]),
+        helper.make_node("Concat", [zeros, name, zeros], [padded], axis=3),
     ]
 
 

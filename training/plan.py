@@ -21,7 +21,8 @@ ScheduledT = TypeVar("ScheduledT", DistilRecipe, FinetuneRecipe)
 COMPARED = """Teacher and students are the papers' scaled down to what two cores train (the recipes say how). Every
 distillation had {distillation} steps and every fine-tuning {finetuning}; where both are one step, half of their sum, as
 each of these takes the student through two batches. `passes` are those batches: rows that go on from another row, or
-were not distilled, have more or fewer. No recipe, checkpoint or threshold was chosen on the split reported here."""
+were not distilled, have more or fewer. Bundles are not calibrated, as only ranks of scores are compared. No recipe,
+checkpoint or threshold was chosen on the split reported here."""
 
 
 class Variant(BaseModel):

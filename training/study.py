@@ -39,7 +39,7 @@ from training.trainer import losses_of, seconds_taken
 
 Say = Callable[[str], None]
 WEIGHTS = "model.safetensors"
-# Of a bundle that was not calibrated, as those of one task are not, these mean nothing.
+# Of a bundle that was not calibrated, as those of one task or of a comparison are not, these mean nothing.
 CALIBRATED = ("sv Cllr", "sv false")
 
 
@@ -161,7 +161,9 @@ class _Made:
             tasks = recipe.tasks
             setting.say(f"fine-tuning {name}")
             run = finetune(recipe, self._run(name), setting.cache, init=str(self._folders[row.init]))
-            bundle = bundle_of(run, self._root, say=setting.say, fitted=not row.timed_only)
+            # A comparison ranks scores, which needs none; calibrating takes longer than training some of its rows.
+            fitted = setting.budget is None and not row.timed_only
+            bundle = bundle_of(run, self._root, say=setting.say, fitted=fitted)
             seconds = self._seconds[row.init] + seconds_taken(run)
             passes = self._passes[row.init] + recipe.schedule.steps * (1 if recipe.one_step is None else 2)
             if recipe.mode != "masks":
@@ -175,7 +177,8 @@ class _Made:
         if row.timed_only:
             return bundle, extra, {}
         report = self._measured(name, bundle, tasks)
-        figures = [one for one in report.figures if set(tasks) == set(TASKS) or not one.name.startswith(CALIBRATED)]
+        calibrated = setting.budget is None and set(tasks) == set(TASKS)
+        figures = [one for one in report.figures if calibrated or not one.name.startswith(CALIBRATED)]
         return bundle, [*figures, *extra], report.det
 
     def _losses(self, init: str) -> list[Figure]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,9 @@ class MelFrontEnd(nn.Module):
             # Silence past the end, so that no clip's last frames see where a batch ends.
             bands = self.features(functional.pad(waveform.float(), (0, 8 * self.HOP)))
             if self.lengths is not None:
-                counts = self.lengths.div(self.HOP, rounding_mode="floor")[:, None, None]
-                inside = torch.arange(bands.shape[2], device=bands.device) < counts
-                bands = (bands - (bands * inside).sum(dim=2, keepdim=True) / counts) * inside
+                counts = times(self.lengths, self.HOP)
+                inside = within(bands.shape[2], counts)[:, None]
+                bands = (bands - (bands * inside).sum(dim=2, keepdim=True) / counts[:, None, None]) * inside
         return functional.gelu(self.second(functional.gelu(self.first(bands))))[:, :, :frames]
 
 
@@ -90,6 +91,16 @@ class OwnHubert(HubertModel):  # type: ignore[no-untyped-call]  # transformers' 
             own.feature_extractor = MelFrontEnd(
                 config.conv_dim[-1], reach(config.conv_kernel, config.conv_stride), math.prod(config.conv_stride)
             )
+
+
+def times(samples: Tensor, stride: int) -> Tensor:
+    """How often the stride fits, for integers from 0. Rounding down, for any sign, is ten operators in a graph."""
+    return samples.div(stride, rounding_mode="trunc")
+
+
+def within(length: int, counts: Tensor, **_: object) -> Tensor:
+    """Which of `length` frames (or samples) are within each clip's `counts` [B]: [B, length], bool."""
+    return torch.arange(length, device=counts.device)[None, :] < counts[:, None]
 
 
 def reach(kernels: Sequence[int], strides: Sequence[int]) -> int:
@@ -128,7 +139,7 @@ class ClipGroupNorm(nn.GroupNorm):
             lengths = self.lengths.tolist()
             rows = [super(ClipGroupNorm, self).forward(row[None, :, :n]) for row, n in zip(x, lengths, strict=True)]
             return torch.cat([functional.pad(row, (0, x.shape[2] - row.shape[2])) for row in rows])
-        inside = (torch.arange(x.shape[2], device=x.device)[None, :] < self.lengths[:, None])[:, None, :]
+        inside = within(x.shape[2], self.lengths)[:, None]
         wide = x.float() * inside
         count = inside.sum(dim=2, keepdim=True)
         mean = wide.sum(dim=2, keepdim=True) / count
@@ -153,11 +164,27 @@ class SelfSupervised(nn.Module):
         self.hop = math.prod(self._strides)
         self._attention = False
         _mask_first_norm(model)
+        # transformers would count the frames again from a mask over samples, which in a graph is most of what a short
+        # clip's mask costs. It is given the counts.
+        own: Any = model
+        own._get_feature_vector_attention_mask = within
 
     def keep_attention(self) -> None:
         """From now on forward also returns every layer's attention, which the fused kernels do not give."""
         self.model.set_attn_implementation("eager")
         self._attention = True
+
+    @contextmanager
+    def plain_attention(self) -> Iterator[None]:
+        """Meanwhile attention is written out: in a graph the fused kernel becomes that and a search for what is no
+        number, once a layer."""
+        config: Any = self.model.config
+        before = config._attn_implementation
+        self.model.set_attn_implementation("eager")
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(before)
 
     @property
     def reach(self) -> int:
@@ -166,10 +193,7 @@ class SelfSupervised(nn.Module):
 
     def frames(self, samples: int) -> int:
         """Frames of a clip of so many samples; clips shorter than `reach` are padded to one frame."""
-        count = max(samples, self.reach)
-        for kernel, stride in zip(self._kernels, self._strides, strict=True):
-            count = (count - kernel) // stride + 1
-        return count
+        return max(samples - self.reach, 0) // self.hop + 1
 
     def centres(self, frames: int) -> Tensor:
         """The sample at the middle of each frame, [frames] float."""
@@ -181,52 +205,47 @@ class SelfSupervised(nn.Module):
         `hidden_mask` [B, T] bool: these frames of the encoder's input are replaced by the model's learned
         stand-in (masked prediction).
         """
-        waveform, lengths, counts = self._ready(waveform, lengths)
-        samples = torch.arange(waveform.shape[1], device=waveform.device)[None, :]
+        waveform, counts = self._ready(waveform, lengths)
         with warnings.catch_warnings():
             # WavLM's code hands torch a float and a boolean mask together; torch only says so.
             warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
             found = self.model(
                 waveform,
-                attention_mask=(samples < lengths[:, None]).long(),
+                attention_mask=counts,
                 mask_time_indices=hidden_mask,
                 output_hidden_states=True,
                 output_attentions=self._attention,
                 return_dict=True,
             )
         hidden = tuple(found.hidden_states)
-        frames = torch.arange(hidden[0].shape[1], device=waveform.device)[None, :]
-        return HiddenStates(hidden, frames < counts[:, None], tuple(found.attentions) if self._attention else ())
+        mask = within(hidden[0].shape[1], counts)
+        return HiddenStates(hidden, mask, tuple(found.attentions) if self._attention else ())
 
     def heard(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """What the CNN alone says: frames [B, T, D] as the encoder takes them, and which of them are in the clip."""
-        waveform, _, counts = self._ready(waveform, lengths)
+        waveform, counts = self._ready(waveform, lengths)
         model: Any = self.model
         found = model.feature_projection(model.feature_extractor(waveform).transpose(1, 2))
         frames: Tensor = found[0] if isinstance(found, tuple) else found
-        return frames, torch.arange(frames.shape[1], device=waveform.device)[None, :] < counts[:, None]
+        return frames, within(frames.shape[1], counts)
 
-    def _ready(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(samples as the model wants them, lengths of at least one frame, frames of each clip)."""
+    def _ready(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """(samples as the model wants them, frames of each clip, at least one)."""
         if waveform.shape[1] < self.reach:
             waveform = nn.functional.pad(waveform, (0, self.reach - waveform.shape[1]))
-        samples = torch.arange(waveform.shape[1], device=waveform.device)[None, :]
-        inside = samples < lengths[:, None]
+        inside = within(waveform.shape[1], lengths)
         if self.normalise:
-            waveform = _zero_mean_unit_variance(waveform, inside)
+            waveform = _zero_mean_unit_variance(waveform, lengths, inside)
         waveform = waveform * inside
         # Clips too short for a frame have one all the same; the attention must not be empty.
         lengths = lengths.clamp(min=self.reach)
         norm = getattr(_first_layer(self.model), "layer_norm", None)
         if isinstance(norm, ClipGroupNorm):
-            norm.lengths = (lengths - self._kernels[0]).div(self._strides[0], rounding_mode="floor") + 1
+            norm.lengths = times(lengths - self._kernels[0], self._strides[0]) + 1
         encoder: Any = self.model.feature_extractor
         if isinstance(encoder, MelFrontEnd):
             encoder.lengths = lengths
-        counts = lengths
-        for kernel, stride in zip(self._kernels, self._strides, strict=True):
-            counts = (counts - kernel).div(stride, rounding_mode="floor") + 1
-        return waveform, lengths, counts
+        return waveform, times(lengths - self.reach, self.hop) + 1
 
 
 class Teacher(SelfSupervised):
@@ -352,8 +371,8 @@ def _mask_first_norm(model: PreTrainedModel) -> None:
         first.layer_norm = masked
 
 
-def _zero_mean_unit_variance(waveform: Tensor, inside: Tensor) -> Tensor:
-    count = inside.sum(dim=1, keepdim=True)
+def _zero_mean_unit_variance(waveform: Tensor, lengths: Tensor, inside: Tensor) -> Tensor:
+    count = lengths[:, None]
     mean = (waveform * inside).sum(dim=1, keepdim=True) / count
     variance = ((waveform - mean) * inside).square().sum(dim=1, keepdim=True) / count
     return (waveform - mean) / torch.sqrt(variance + VARIANCE_FLOOR)

@@ -13,7 +13,7 @@ from model_store.graph import OUTPUTS
 from model_store.inference import open_session
 from tests.training.chain import tiny_hubert
 from training.export import run_graph, to_onnx, traced
-from training.layout import in_two_dimensions
+from training.layout import LONG_KERNEL, in_two_dimensions
 from training.students.edge import Edge, EdgeShape
 from training.students.joint import JointModel
 from training.teachers import SelfSupervised
@@ -25,14 +25,18 @@ def student() -> Edge:
     return Edge(6).eval()
 
 
-def reorders(graph: bytes, folder: Path) -> int:
-    """How often the graph that ONNX Runtime makes of this one changes the layout."""
+def optimised(graph: bytes, folder: Path) -> onnx.ModelProto:
+    """What ONNX Runtime makes of a graph."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.optimized_model_filepath = str(folder / "optimized.onnx")
     onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    nodes = onnx.load(folder / "optimized.onnx").graph.node
-    return sum(node.op_type.startswith("Reorder") for node in nodes)
+    return onnx.load(folder / "optimized.onnx")
+
+
+def reorders(graph: bytes, folder: Path) -> int:
+    """How often it then changes the layout."""
+    return sum(node.op_type.startswith("Reorder") for node in optimised(graph, folder).graph.node)
 
 
 def test_the_same_outputs_with_a_third_of_the_conversions(student: Edge, tmp_path: Path) -> None:
@@ -83,11 +87,44 @@ def test_two_layers_may_share_a_kernel() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.layer(self.layer(x))
 
-    stream, x, network = io.BytesIO(), torch.randn(2, 4, 9), Twice().eval()
-    torch.onnx.export(network, (x,), stream, input_names=["x"], dynamo=False)
-    session = open_session(in_two_dimensions(stream.getvalue()), threads=1)
-    (found,) = session.run(None, {"x": x.numpy()})
+    network, x = Twice().eval(), torch.randn(2, 4, 9)
+    (found,) = open_session(flattened(network, x), threads=1).run(None, {"x": x.numpy()})
     np.testing.assert_allclose(found, network(x).detach().numpy(), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("taps", [LONG_KERNEL - 2, LONG_KERNEL, 4 * LONG_KERNEL])
+def test_zeros_of_long_kernels_stay_outside_of_the_convolution(taps: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = torch.nn.Conv1d(32, 32, taps, padding=taps // 2, groups=2).eval()
+    graph = flattened(network, torch.randn(2, 32, 9))
+    session = open_session(graph, threads=1)
+    # Shorter than the kernel, and longer.
+    for batch, frames in ((1, 2), (3, 5 * taps)):
+        x = torch.randn(batch, 32, frames)
+        (found,) = session.run(None, {"x": x.numpy()})
+        np.testing.assert_allclose(found, network(x).detach().numpy(), atol=1e-5)
+    (convolution,) = (node for node in optimised(graph, tmp_path).graph.node if node.op_type == "Conv")
+    pads = next(attribute.ints for attribute in convolution.attribute if attribute.name == "pads")
+    assert any(pads) == (taps < LONG_KERNEL)
+
+
+def test_attention_is_written_out_in_graphs_only() -> None:
+    model = JointModel(SelfSupervised(tiny_hubert(), normalise=True), 5, speaker_dim=8).eval()
+    trunk = model.trunk.model
+    assert trunk.config._attn_implementation == "sdpa"
+    operators = {node.op_type for node in onnx.load_from_string(traced(model)).graph.node}
+    assert "Softmax" in operators
+    assert "IsNaN" not in operators
+    assert trunk.config._attn_implementation == "sdpa"
+
+
+def flattened(network: torch.nn.Module, x: torch.Tensor) -> bytes:
+    """The network's graph with heights."""
+    stream = io.BytesIO()
+    axes = {"x": {0: "batch", 2: "frames"}}
+    torch.onnx.export(network, (x,), stream, input_names=["x"], dynamic_axes=axes, dynamo=False)
+    return in_two_dimensions(stream.getvalue())
 
 
 def kernels(graph: bytes) -> list[int]:
