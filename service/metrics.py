@@ -8,6 +8,9 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 REQUEST_BUCKETS_S = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
+# The route of what never got to one.
+UNMATCHED = "unmatched"
 STAGE_BUCKETS_S = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0)
 STAGES = ("receive", "decode", "queue", "inference", "postprocess")
 
@@ -88,3 +91,8 @@ class Metrics:
             buckets=STAGE_BUCKETS_S, registry=registry,
         )  # fmt: skip
         self.model = Info("sotto_model", "The default model.", registry=registry)
+
+    def answered(self, route: str, method: str, status: int, seconds: float) -> None:
+        """One request. Methods are whatever clients write, and a label has to be bounded."""
+        known = method if method in METHODS else "other"
+        self.request_duration.labels(route, known, str(status)).observe(seconds)

@@ -9,11 +9,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import ServiceError, problem_response
-from service.metrics import Metrics
+from service.metrics import UNMATCHED, Metrics
 from service.protocol import ABANDONED, REQUEST_ID, own_request_id
 from service.timing import StageClock
-
-_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 
 log = logging.getLogger(__name__)
 
@@ -57,13 +55,10 @@ class RequestFrame:
             error = ServiceError("the service failed on this request; the failure is logged")
             await problem_response(error, scope["path"])(scope, receive, send_framed)
         finally:
-            method = scope["method"] if scope["method"] in _METHODS else "other"
-            self._metrics.request_duration.labels(_route(scope), method, str(status)).observe(
-                time.perf_counter() - start
-            )
+            self._metrics.answered(_route(scope), scope["method"], status, time.perf_counter() - start)
 
 
 def _route(scope: Scope) -> str:
     """The route's template: paths as called are unbounded, and hold speakers' ids."""
     route = scope.get("route")
-    return getattr(route, "path", "unmatched")
+    return getattr(route, "path", UNMATCHED)

@@ -11,7 +11,7 @@ import asyncio
 import random
 import re
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from service.errors import (
     problem_response,
 )
 from service.intake import TIMEOUT_HEADER, time_given_s
-from service.metrics import Metrics
+from service.metrics import UNMATCHED, Metrics
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -52,6 +52,9 @@ REQUEST_ID = "X-Request-ID"
 _PLAIN_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 # Times `limit_connections`: here even an answer would cost too much.
 NOT_ACCEPTED = 2
+# From this share of `limit_connections` on, who comes is not kept for long: idle ones must not shut others out.
+CROWDED = 0.5
+CROWDED_KEEP_ALIVE_S = 5
 # What we send on a stream are small messages: whoever leaves so much of them unread does so on purpose.
 MOST_UNREAD_BYTES = 2**20
 UNREAD_LOOK_EVERY_S = 1.0
@@ -62,18 +65,14 @@ MOST_PIECES = 1000
 def protocol_for(settings: Settings, metrics: Metrics) -> type[BoundedHttp]:
     """The protocol class for uvicorn, which makes one for each connection by itself."""
 
-    class Bounded(BoundedHttp):
-        bounds = settings
-        congestion = Congestion()
-        refused = staticmethod(lambda code: metrics.rejects.labels(code).inc())
-
-    return Bounded
+    bound = {"bounds": settings, "metrics": metrics, "congestion": Congestion()}
+    return type("Bounded", (BoundedHttp,), bound)
 
 
 class BoundedHttp(HttpToolsProtocol):
     bounds: Settings
+    metrics: Metrics
     congestion: Congestion
-    refused: Callable[[str], None]
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -91,6 +90,8 @@ class BoundedHttp(HttpToolsProtocol):
         if len(self.connections) > NOT_ACCEPTED * self.bounds.limit_connections:
             transport.abort()
             return
+        if len(self.connections) > CROWDED * self.bounds.limit_connections:
+            self.timeout_keep_alive = min(self.timeout_keep_alive, CROWDED_KEEP_ALIVE_S)
         self._wait_for_head()
 
     def data_received(self, data: bytes) -> None:
@@ -216,12 +217,21 @@ class BoundedHttp(HttpToolsProtocol):
             self._receiving.cancel()
             self._receiving = None
 
-    def _refuse(self, error: ServiceError) -> None:
+    def _count(self, error: ServiceError, method: str = "") -> None:
+        """A request that the application is not given, of which nothing but its method may be known."""
+        self.metrics.rejects.labels(error.code).inc()
+        self.metrics.answered(UNMATCHED, method, error.status, 0.0)
+
+    def _refuse(self, error: ServiceError, method: str = "") -> None:
         """Close; say why where no answer is out or owed to a request before."""
         self._stop()
         if self.transport.is_closing():
             return
-        self.refused(error.code)
+        if self._in_head:
+            self._count(error, method)
+        else:
+            # The application has begun on it, and so it counts there.
+            self.metrics.rejects.labels(error.code).inc()
         cycle = self.cycle
         silent = cycle is not None and (not cycle.response_complete if self._in_head else cycle.response_started)
         if not silent and not self._turned_away:
@@ -244,11 +254,12 @@ class BoundedHttp(HttpToolsProtocol):
         short = length.isdigit() and int(length) <= MOST_UNWANTED_BYTES and not self.expect_100_continue
         kept = self.parser.should_keep_alive() and self.parser.get_http_version() == "1.1"
         # To one that does not read its answers no more of them are written.
-        if not short or not kept or self.parser.get_method() == b"HEAD" or self.flow.write_paused:
+        method = self.parser.get_method().decode("ascii")
+        if not short or not kept or method == "HEAD" or self.flow.write_paused:
             self._in_head = True
-            self._refuse(error)
+            self._refuse(error, method)
         else:
-            self.refused(error.code)
+            self._count(error, method)
             path = self.url.partition(b"?")[0].decode("latin-1")
             given = headers.get(REQUEST_ID.lower(), "")
             self.transport.write(_answer(error, path, close=False, request_id=given))
@@ -258,7 +269,7 @@ class BoundedHttp(HttpToolsProtocol):
     async def _refuse_crowd(self, scope: Any, receive: Any, send: Any) -> None:
         """An ASGI application that is always full."""
         error = _crowd()
-        self.refused(error.code)
+        self._count(error, scope.get("method", ""))
         response = problem_response(error, scope.get("path", ""))
         response.headers["connection"] = "close"
         await response(scope, receive, send)

@@ -124,6 +124,7 @@ def run(settings: Settings) -> int:
         access_log=False,
         log_config=None,
         log_level=settings.log_level,
+        timeout_keep_alive=settings.keep_alive_s,
         timeout_graceful_shutdown=max(1, int(settings.shutdown_grace_s)),
         server_header=False,
     )

@@ -75,6 +75,12 @@ class Settings(BaseSettings):
     shutdown_grace_s: float = Field(default=20.0, gt=0, description="Longest drain after SIGTERM.")
     shutdown_delay_s: float = Field(default=0.0, ge=0, description="Serve on, not ready, this long after SIGTERM.")
     limit_connections: int = Field(default=1000, ge=1, description="Past this many, only probes and metrics.")
+    keep_alive_s: int = Field(
+        default=75,
+        ge=1,
+        description="An idle connection is kept for so long, longer than load balancers keep theirs. Those that "
+        "open while more than half of `limit_connections` are there are kept for at most 5.",
+    )
     head_timeout_s: float = Field(default=10.0, gt=0, description="Longest wait for a request's line and headers.")
     least_body_rate: int = Field(default=1000, ge=0, description="Bytes a second, after five; slower bodies get 408.")
     send_timeout_s: float = Field(

@@ -134,7 +134,10 @@ def test_who_has_time_is_answered_and_who_has_not_is_told_when_to_come_again(
         assert client.post(DETECT, content=CLIP, headers=WAV).status_code == 503
         for path in ("/healthz", "/readyz", "/metrics"):
             assert client.get(path).status_code == 200
-        assert 'sotto_rejects_total{reason="overloaded"} 4.0' in client.get("/metrics").text
+        metrics = client.get("/metrics").text
+        assert 'sotto_rejects_total{reason="overloaded"} 4.0' in metrics
+        turned_away = '{method="POST",route="unmatched",status="503"}'
+        assert f"sotto_request_duration_seconds_count{turned_away} 4.0" in metrics
 
 
 @pytest.mark.parametrize(
