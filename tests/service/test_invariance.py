@@ -28,12 +28,8 @@ def engine(request: pytest.FixtureRequest) -> Engine:
 
 
 def worst_difference(one: Outputs, other: Outputs) -> float:
-    pairs = (
-        (one.keyword_logits, other.keyword_logits),
-        (one.speaker_embedding, other.speaker_embedding),
-        (one.embedding, other.embedding),
-        (one.frames, other.frames),
-    )
+    assert one.arrays.keys() == other.arrays.keys()
+    pairs = [(values, other.arrays[name]) for name, values in one.arrays.items()]
     assert all(left.shape == right.shape for left, right in pairs)
     return max(float(np.abs(left - right).max()) for left, right in pairs)
 
@@ -56,6 +52,8 @@ def test_any_length_gives_the_same_alone_and_padded(engine: Engine, samples: int
 
 @pytest.mark.parametrize("part", ["keywords", "speaker"])
 def test_a_part_of_the_graph_gives_what_all_of_it_does(engine: Engine, part: Part) -> None:
+    if engine.manifest.speaker is None and part == "speaker":
+        pytest.skip("knows keywords only")
     clips = [Waveform(voice(1.3)), Waveform(voice(2.0, seed=5))]
     for whole, own in zip(engine.run(clips), engine.run(clips, part), strict=True):
         for name in PARTS[part]:
@@ -66,8 +64,9 @@ def test_a_part_of_the_graph_gives_what_all_of_it_does(engine: Engine, part: Par
 
 def test_embeddings_have_unit_length(engine: Engine) -> None:
     (outputs,) = engine.run([Waveform(voice(1.0))])
-    assert np.linalg.norm(outputs.speaker_embedding) == pytest.approx(1.0, abs=1e-5)
-    assert np.linalg.norm(outputs.embedding) == pytest.approx(1.0, abs=1e-5)
+    for name in ("speaker_embedding", "embedding"):
+        if name in outputs.arrays:
+            assert np.linalg.norm(outputs.arrays[name]) == pytest.approx(1.0, abs=1e-5)
 
 
 def test_there_is_a_built_in_bundle_to_check() -> None:
