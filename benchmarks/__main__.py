@@ -29,6 +29,7 @@ MEASURES: dict[str, Callable[[Setting], list[str]]] = {
     "moves": lasting.moves,
     "soak": lasting.soak,
 }
+DEFAULT = "sotto-edge"
 RESULTS = Path(__file__).with_name("results.md")
 SECTION = re.compile(r"^## (.+)$", re.MULTILINE)
 
@@ -36,14 +37,16 @@ SECTION = re.compile(r"^## (.+)$", re.MULTILINE)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MEASURES)}; default: all")
+    parser.add_argument("--model", default=DEFAULT, help="of the built-in store; others get sections of their own")
     parser.add_argument("--long", action="store_true")
     given = parser.parse_args()
     unknown = set(given.names) - set(MEASURES)
     if unknown:
         parser.error(f"there is no measurement {', '.join(sorted(unknown))}")
-    bundle = LocalStore(builtin_store_path()).resolve("sotto-edge")
+    store = LocalStore(builtin_store_path())
+    bundle, default = store.resolve(given.model), store.resolve(DEFAULT).manifest
     title = (
-        f"# The service on {CPUS} cores\n\n`make bench`: {bundle.manifest.name}@{bundle.manifest.version}, "
+        f"# The service on {CPUS} cores\n\n`make bench`: {default.name}@{default.version}, "
         f"{platform.machine()}, Python {platform.python_version()}; load generators share the cores.\n"
     )
     for name in given.names or MEASURES:
@@ -56,6 +59,8 @@ def main() -> None:
                 plots=RESULTS.parent,
             )
             lines = MEASURES[name](setting)
+        if given.model != DEFAULT:
+            lines[0] += f", {bundle.manifest.name}@{bundle.manifest.version}"
         print("\n".join(lines), flush=True)  # noqa: T201  the command's output
         write(title, lines)
 
