@@ -126,7 +126,8 @@ class BoundedHttp(HttpToolsProtocol):
         crowded = len(self.connections) > self.bounds.limit_connections
         if self.parser.should_upgrade() and self._should_upgrade():
             if crowded:
-                self._refuse(_crowd())
+                self._in_head = True
+                self._refuse(_crowd(), "GET")
             super().on_headers_complete()
             return
         self._body_bytes, self._body_since = 0, self.loop.time()

@@ -177,6 +177,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "edge": Recipe,
     "edge-taught": Recipe,
     "edge-again": Recipe,
+    "edge-ahead": Recipe,
     "micro": Recipe,
     "teacher": PretrainRecipe,
     "teacher-base": PretrainRecipe,
