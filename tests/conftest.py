@@ -62,6 +62,11 @@ def encoded(
     return stream.getvalue()
 
 
+def references(store: LocalStore) -> list[str]:
+    """Every version of every model in it, NAME@VERSION."""
+    return [f"{name}@{version}" for name in store.names() for version in store.versions(name)]
+
+
 @pytest.fixture(scope="session")
 def builtin_store() -> LocalStore:
     return LocalStore(builtin_store_path())

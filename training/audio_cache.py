@@ -5,7 +5,6 @@ Opus costs about 4 ms for a second of audio; a training run reads each clip some
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import soundfile
 import soxr
 
 from training.errors import ManifestError
+from training.files import cache_key
 
 SAMPLE_RATE_HZ = 16_000
 
@@ -39,11 +39,7 @@ class AudioCache:
         """
         if not paths:
             return cls(np.zeros(0, dtype=np.int16), {})
-        digest = hashlib.sha256()
-        for path in paths:
-            stat = path.stat()
-            digest.update(f"{path}:{stat.st_size}:{stat.st_mtime_ns}\n".encode())
-        stem = folder / digest.hexdigest()[:20]
+        stem = folder / cache_key(paths)
         data, table = stem.with_suffix(".pcm"), stem.with_suffix(".json")
         if not table.is_file():
             folder.mkdir(parents=True, exist_ok=True)

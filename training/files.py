@@ -1,8 +1,10 @@
-"""Files that a crash leaves as they were or as they should be."""
+"""Files told apart by what is in them, and left by a crash as they were or as they should be."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,3 +14,11 @@ def write_json(content: Any, path: Path) -> None:
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
     partial.replace(path)
+
+
+def cache_key(paths: Iterable[Path]) -> str:
+    """Of these files as they are now, in this order: a copy in the same place is the same, whatever its dates."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(f"{path}:".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:20]

@@ -6,7 +6,6 @@ vectors are computed once, in the environment that `make peers` makes, and kept.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch.nn import functional
 
 from training.beside import run_beside
 from training.errors import TeacherError
+from training.files import cache_key
 
 WIDTH = 256
 
@@ -35,11 +35,7 @@ class Voices:
     @classmethod
     def build(cls, folder: Path, paths: Sequence[Path], python: Path) -> Voices:
         """Of exactly these recordings, kept in `folder`; some 20 ms for each. Raises TeacherError."""
-        key = hashlib.sha256()
-        for path in paths:
-            stat = path.stat()
-            key.update(f"{path}:{stat.st_size}:{stat.st_mtime_ns}\n".encode())
-        kept = folder / f"voices-{key.hexdigest()[:20]}.npy"
+        kept = folder / f"voices-{cache_key(paths)}.npy"
         if not kept.is_file():
             _embed(paths, kept, python)
         return cls(np.load(kept), paths)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from model_store import LocalStore, builtin_store_path, verify_bundle
+from tests.conftest import references
 
 STORE = LocalStore(builtin_store_path())
-BUNDLES = [f"{name}@{version}" for name in STORE.names() for version in STORE.versions(name)]
+BUNDLES = references(STORE)
 if not BUNDLES:
     pytest.skip(f"needs a bundle in {builtin_store_path()}; there is none", allow_module_level=True)
 

@@ -12,16 +12,13 @@ from service.audio import SAMPLE_RATE_HZ, Samples, Waveform
 from service.engine import Engine
 from service.keywords import Detection, allowed_labels, detect, window_scores
 from service.streaming import FrameStream, Pace, Piece, Spotter
+from tests.conftest import references
 from training.audio_cache import decode
 from training.evaluation.tasks import SPOT_CORPUS, WAKE_CORPUS
 from training.manifest import Clip, read_data
 
 STORE = LocalStore(builtin_store_path())
-BUNDLES = [
-    reference
-    for reference in (f"{name}@{version}" for name in STORE.names() for version in STORE.versions(name))
-    if STORE.resolve(reference).manifest.stream is not None
-]
+BUNDLES = [reference for reference in references(STORE) if STORE.resolve(reference).manifest.stream is not None]
 # A quarter of a second at a time, as a browser sends it.
 MESSAGE = SAMPLE_RATE_HZ // 4
 # A stream decides before it has heard the rest: now and then that would have changed its mind.
@@ -82,5 +79,6 @@ def test_detections_are_those_of_the_clip_graph(reference: str, corpus: str, sha
         whole = of_clip(engine, samples)
         total += len(whole)
         different += unmatched(whole, of_stream(engine, samples))
+    print(f"{reference}, {corpus}: {different} of {total} events differ")  # noqa: T201  # with -s
     assert total > 200
     assert different <= DIFFERENT * total, f"{different} of {total}"

@@ -113,6 +113,22 @@ def test_in_a_crowd_only_probes_are_answered(tmp_path: Path, started: list[Runni
     until(lambda: service.post("/v1/keywords/detect", clip).status_code == 200)
 
 
+def test_a_stream_in_a_crowd_is_refused_in_words_on_a_used_connection_too(
+    tmp_path: Path, started: list[RunningService]
+) -> None:
+    service = start_service(tmp_path, limit_connections="4")
+    started.append(service)
+    with ExitStack() as stack:
+        used = stack.enter_context(dial(service))
+        assert lives(used)
+        for _ in range(4):
+            stack.enter_context(dial(service))
+        # A connection that is there already is read before new ones are taken in.
+        until(lambda: service.get("/v1/models").status_code == 503)
+        used.sendall(UPGRADE + b"\r\n")
+        assert problem(used.recv(65_536)) == (503, "overloaded")
+
+
 def test_idle_connections_are_kept_long_where_there_are_few(tmp_path: Path, started: list[RunningService]) -> None:
     service = start_service(tmp_path, limit_connections="4")
     started.append(service)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,24 @@ def test_second_build_decodes_nothing(files: list[Path], tmp_path: Path) -> None
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
     AudioCache.build(tmp_path / "cache", files)
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()} == before
+
+
+def test_dates_do_not_matter(files: list[Path], tmp_path: Path) -> None:
+    AudioCache.build(tmp_path / "cache", files)
+    before = set((tmp_path / "cache").iterdir())
+    for file in files:
+        os.utime(file, (0, 0))
+    AudioCache.build(tmp_path / "cache", files)
+    assert set((tmp_path / "cache").iterdir()) == before
+
+
+def test_another_recording_as_long_is_decoded_anew(files: list[Path], tmp_path: Path) -> None:
+    AudioCache.build(tmp_path / "cache", files)
+    dates = files[0].stat()
+    write_wav(files[0], voice(1.0, seed=1))
+    os.utime(files[0], ns=(dates.st_atime_ns, dates.st_mtime_ns))
+    cache = AudioCache.build(tmp_path / "cache", files)
+    assert np.array_equal(cache.read(files[0]), decode(files[0]))
 
 
 def test_changed_file_is_decoded_anew(files: list[Path], tmp_path: Path) -> None:
