@@ -58,9 +58,9 @@ teachers: .teachers/installed
 	cd .teachers && ../.venv-dev/bin/python -m zipfile -e openwakeword-0.5.1-py3-none-any.whl .
 	@touch $@
 
-.venv-peers/installed:
+.venv-peers/installed: Makefile
 	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 'setuptools<81' resemblyzer==0.1.4 soundfile
+	.venv-peers/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 'setuptools<81' resemblyzer==0.1.4 pocketsphinx==5.0.4 soundfile
 	@touch $@
 
 .venv-bench/installed:

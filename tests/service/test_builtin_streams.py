@@ -14,7 +14,8 @@ from service.keywords import Detection, allowed_labels, detect, window_scores
 from service.streaming import FrameStream, Pace, Piece, Spotter
 from tests.conftest import references
 from training.audio_cache import decode
-from training.evaluation.tasks import SPOT_CORPUS, WAKE_CORPUS
+from training.evaluation.tasks import SPOT_CORPUS
+from training.evaluation.wake import WAKE_CORPUS
 from training.manifest import Clip, read_data
 
 STORE = LocalStore(builtin_store_path())

@@ -17,6 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from model_store import LocalStore, builtin_store_path
 from service.auth import hash_key
 from tests.conftest import REPOSITORY, RunningService, encoded, start_service, stop_service, voice
 
@@ -152,15 +153,15 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["no-store", "no-model", "broken-graph", "broken-manifest"])
 def test_a_store_that_cannot_be_used(tmp_path: Path, damage: str) -> None:
-    version = tmp_path / "store" / "sotto-edge" / "3"
+    shipped = LocalStore(builtin_store_path()).resolve("sotto-edge").path
+    version = tmp_path / "store" / "sotto-edge" / shipped.name
     if damage != "no-store":
         version.mkdir(parents=True)
     if damage.startswith("broken"):
-        source = REPOSITORY / "model_store" / "builtin" / "sotto-edge" / "3"
-        for file in source.iterdir():
+        for file in shipped.iterdir():
             (version / file.name).write_bytes(file.read_bytes())
         (version.parent / "aliases").mkdir()
-        (version.parent / "aliases" / "production").write_text("3")
+        (version.parent / "aliases" / "production").write_text(shipped.name)
         broken = version / ("model.onnx" if damage == "broken-graph" else "manifest.json")
         broken.write_bytes(broken.read_bytes()[:-100])
     done = serve(tmp_path, models_dir=str(tmp_path / "store"))

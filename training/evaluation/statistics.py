@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -32,6 +33,11 @@ class Rate:
         centre = (p + z * z / (2 * n)) / (1 + z * z / n)
         half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def rate_of(outcomes: Sequence[bool | np.bool_]) -> Rate:
+    """How many of them are true."""
+    return Rate(int(sum(map(bool, outcomes))), len(outcomes))
 
 
 def equal_error_rate(targets: Scores, impostors: Scores) -> float:

@@ -11,18 +11,17 @@ import numpy as np
 import numpy.typing as npt
 
 from training.evaluation.client import ServiceClient, Upload
-from training.evaluation.recordings import as_recorded, beginning, with_noise
+from training.evaluation.recordings import as_recorded, beginning
 from training.evaluation.statistics import (
     Rate,
     cllr,
     det_points,
     equal_error_rate,
     minimum_dcf,
-    threshold_for_false_alarms,
+    rate_of,
 )
-from training.manifest import Clip, Data, Recording, Trial
+from training.manifest import Clip, Recording, Trial
 
-WAKE_CORPUS = "pvwake"
 SPOT_CORPUS = "wuw2"
 COMMAND_CORPORA = ("gsc", "fsdd", "dsp20")
 ENROL_CLIPS = 6
@@ -30,8 +29,6 @@ ENROL_CLIPS = 6
 MOST_TESTS_PER_SPEAKER = 60
 LEAST_SPEAKERS = 4
 SPOT_TOLERANCE_S = 0.5
-# Scores below this never matter at one false alarm an hour.
-CANDIDATE_THRESHOLD = 0.05
 # Some VoxCeleb recordings last longer than the service takes at once; whoever speaks so long is known by then.
 LONGEST_TRIAL_S = 60.0
 # (log-likelihood ratio, cosine) of a claim that is refused without scoring.
@@ -48,16 +45,6 @@ class ClipAccuracy:
     by_corpus: dict[str, Rate]
     by_speaker: dict[str, Rate]
     confusions: list[tuple[str, str, int]]
-
-
-@dataclass(frozen=True, slots=True)
-class WakeMisses:
-    """Misses where each word has the threshold that gives the stated false alarms an hour."""
-
-    misses: Rate
-    by_word: dict[str, Rate]
-    negative_hours: float
-    false_alarms_per_hour: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,56 +125,11 @@ def clip_accuracy(
             confusions[clip.label, heard[clip.key]] += 1
     worst = sorted(confusions.items(), key=lambda item: -item[1])[:10]
     return ClipAccuracy(
-        overall=_rate([right for rights in by_corpus.values() for right in rights]),
-        by_corpus={name: _rate(rights) for name, rights in sorted(by_corpus.items())},
-        by_speaker={name: _rate(rights) for name, rights in sorted(by_speaker.items())},
+        overall=rate_of([right for rights in by_corpus.values() for right in rights]),
+        by_corpus={name: rate_of(rights) for name, rights in sorted(by_corpus.items())},
+        by_speaker={name: rate_of(rights) for name, rights in sorted(by_speaker.items())},
         confusions=[(said, label, count) for (said, label), count in worst],
     )
-
-
-def wake_misses(
-    client: ServiceClient, data: Data, split: str, *, per_hour: float, snr_db: float | None = None
-) -> WakeMisses:
-    """Miss rate of the wake words at `per_hour` false alarms of each word, on all other audio of the split.
-
-    With `snr_db`, both the words and the other speech are mixed with the split's noises.
-    """
-    noises = [noise for noise in data.noises if noise.split == split]
-    clips = data.split(split)
-    words = sorted({clip.label for clip in clips if clip.corpus == WAKE_CORPUS and clip.keyword})
-
-    def send(item: Clip | Recording) -> Upload:
-        if snr_db is None or isinstance(item, Recording):
-            return as_recorded(item)
-        return with_noise(item, noises, snr_db)
-
-    def events(item: Clip | Recording) -> dict[str, list[float]]:
-        answer = client.detect(send(item), keywords=words, threshold=CANDIDATE_THRESHOLD, top_k=0)
-        found: dict[str, list[float]] = defaultdict(list)
-        for event in answer["detections"]:
-            found[event["keyword"]].append(event["score"])
-        return found
-
-    audio: list[Clip | Recording] = [*clips, *noises]
-    heard = client.each(events, audio)
-    by_word: dict[str, Rate] = {}
-    hours = 0.0
-    for word in words:
-        alarms: list[float] = []
-        hits: list[float] = []
-        seconds = 0.0
-        for item, found in zip(audio, heard, strict=True):
-            scores = found.get(word, [])
-            if isinstance(item, Clip) and item.corpus == WAKE_CORPUS and item.label == word:
-                hits.append(max(scores, default=0.0))
-            elif not (isinstance(item, Clip) and _holds(item, word)):
-                alarms.extend(scores)
-                seconds += item.duration_s
-        hours = seconds / 3600
-        threshold = max(threshold_for_false_alarms(np.array(alarms), int(per_hour * hours)), float(CANDIDATE_THRESHOLD))
-        by_word[word] = _rate([score < threshold for score in hits])
-    misses = Rate(sum(rate.hits for rate in by_word.values()), sum(rate.total for rate in by_word.values()))
-    return WakeMisses(misses, by_word, hours, per_hour)
 
 
 def spot_misses(client: ServiceClient, clips: Sequence[Clip]) -> SpotMisses:
@@ -207,8 +149,8 @@ def spot_misses(client: ServiceClient, clips: Sequence[Clip]) -> SpotMisses:
         alarms += len(found) - len(right)
     hours = sum(clip.duration_s for clip in sentences) / 3600
     return SpotMisses(
-        misses=_rate([miss for misses in missed.values() for miss in misses]),
-        by_word={word: _rate(misses) for word, misses in sorted(missed.items())},
+        misses=rate_of([miss for misses in missed.values() for miss in misses]),
+        by_word={word: rate_of(misses) for word, misses in sorted(missed.items())},
         false_alarms_per_hour=alarms / hours if hours else 0.0,
     )
 
@@ -279,8 +221,8 @@ def verification(plans: Sequence[Trials], matrices: Sequence[npt.NDArray[np.floa
         cllr=cllr(targets, impostors),
         targets=len(targets),
         impostors=len(impostors),
-        false_rejects=_rate(list(targets < 0)),
-        false_accepts=_rate(list(impostors >= 0)),
+        false_rejects=rate_of(list(targets < 0)),
+        false_accepts=rate_of(list(impostors >= 0)),
         det=det_points(targets, impostors),
     )
 
@@ -307,20 +249,7 @@ def listed_trials(client: ServiceClient, trials: Sequence[Trial]) -> PairScores:
     return PairScores(cosines[own], cosines[~own], len(paths), len(paths) - len(unit))
 
 
-def _holds(clip: Clip, word: str) -> bool:
-    """Whether the word is said somewhere in a clip that is not one of its own."""
-    language, text = word.split(":", 1)
-    if clip.language != language and clip.corpus != "precise":
-        return False
-    said = f" {clip.keyword} {clip.transcript} ".lower()
-    return f" {text} " in said
-
-
 def _near(event: dict[str, float], clip: Clip) -> bool:
     centre_s = (event["start_s"] + event["end_s"]) / 2
     start_s, end_s = clip.word_start_s or 0.0, clip.word_end_s or 0.0
     return start_s - SPOT_TOLERANCE_S <= centre_s <= end_s + SPOT_TOLERANCE_S
-
-
-def _rate(outcomes: Sequence[bool | np.bool_]) -> Rate:
-    return Rate(int(sum(map(bool, outcomes))), len(outcomes))
