@@ -9,11 +9,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import soxr
+from pydantic import Field
 
 from training.audio_cache import SAMPLE_RATE_HZ, AudioCache, Waveform
+from training.bounds import Positive, Probability, Span
 from training.manifest import Recording
 
 # The rooms in our data are cut 2.5 ms before the direct sound.
@@ -26,18 +29,18 @@ MU = 255.0
 class AugmentRecipe:
     """Probabilities and ranges; levels in dB, speeds as factors."""
 
-    speeds: tuple[float, ...] = (0.9, 1.0, 1.1)
-    p_noise: float = 0.7
-    snr_db: tuple[float, float] = (0.0, 25.0)
-    p_white: float = 0.1
-    p_room: float = 0.25
-    p_narrowband: float = 0.15
-    p_telephone: float = 0.1
-    level_dbfs: tuple[float, float] = (-40.0, -14.0)
+    speeds: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.9, 1.0, 1.1)
+    p_noise: Probability = 0.7
+    snr_db: Span = (0.0, 25.0)
+    p_white: Probability = 0.1
+    p_room: Probability = 0.25
+    p_narrowband: Probability = 0.15
+    p_telephone: Probability = 0.1
+    level_dbfs: Span = (-40.0, -14.0)
     # From this share of the schedule on, noise, rooms and bands are `calm_factor` times as likely: the
     # last updates and the averaged statistics then see mostly what will be served.
-    calm_after: float = 1.0
-    calm_factor: float = 1.0
+    calm_after: Probability = 1.0
+    calm_factor: Probability = 1.0
 
 
 class Augmenter:

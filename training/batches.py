@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from training.alignment import loudest_speech
 from training.audio_cache import SAMPLE_RATE_HZ, AudioCache, Waveform
 from training.augment import Augmenter, AugmentRecipe, change_speed
+from training.bounds import NotNegative, Positive, Probability
 from training.manifest import Clip, Data
 from training.students.edge import FRAME_HOP
 from training.voices import WIDTH as VOICE_WIDTH
@@ -74,14 +75,14 @@ class Hints(Protocol):
 class SamplingRecipe:
     """How often each corpus is drawn, relative to its number of clips, and how crops are cut."""
 
-    crop_s: float = 1.6
-    corpus_weight: dict[str, float] | None = None
-    p_noise_only: float = 0.05
+    crop_s: Positive = 1.6
+    corpus_weight: dict[str, NotNegative] | None = None
+    p_noise_only: Probability = 0.05
     # Short clips that end where their audio ends, as when served; the others float in silence, as in long audio.
-    p_alone: float = 0.5
+    p_alone: Probability = 0.5
     # At most this much is cut from each end of a clip that fits into a crop, never from its word: recordings of
     # one corpus begin and end alike, and what is learnt from that holds nowhere else.
-    trim_s: float = 0.0
+    trim_s: NotNegative = 0.0
     # Corpora of untranscribed speech may hold everyday words unmarked ("two coffees"). They count as
     # proof of absence only for the labels of these corpora.
     certain_negatives: tuple[str, ...] = ()

@@ -33,6 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from training.audio_cache import SAMPLE_RATE_HZ, AudioCache, Waveform, decode
 from training.augment import LONGEST_ROOM_SAMPLES, Augmenter, AugmentRecipe, reverberate
+from training.bounds import Span
 from training.errors import ManifestError
 from training.manifest import Clip, digest_data
 from training.manifest import Recording as Disturbance
@@ -70,7 +71,7 @@ class CorruptionRecipe(BaseModel):
 
     p_noise: float = Field(default=0.5, ge=0, le=1)
     p_room: float = Field(default=0.5, ge=0, le=1)
-    snr_db: tuple[float, float] = (0.0, 20.0)
+    snr_db: Span = (0.0, 20.0)
     p_white: float = Field(default=0.3, ge=0, le=1)  # of the noises
     # Over so many batches the lowest level falls from the highest one, and rooms become as likely as stated.
     curriculum_batches: int = Field(default=0, ge=0)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from training.augment import AugmentRecipe
 from training.batches import SamplingRecipe
+from training.bounds import CountOrZero, NotNegative, Positive
 from training.errors import RecipeError
 from training.manifest import CALIBRATION_FOLD, Clip, Data, read_data
 from training.spectral import SpectralRecipe
@@ -78,11 +79,11 @@ class ScheduleRecipe(_Strict):
 
     steps: int = Field(gt=0)
     batch_size: int = Field(gt=1)
-    warmup_steps: int = 500
-    peak_learning_rate: float = 2e-3
-    final_learning_rate: float = 1e-5
-    weight_decay: float = 0.02
-    gradient_clip: float = 5.0
+    warmup_steps: CountOrZero = 500
+    peak_learning_rate: Positive = 2e-3
+    final_learning_rate: NotNegative = 1e-5
+    weight_decay: NotNegative = 0.02
+    gradient_clip: Positive = 5.0
     average_decay: float = Field(default=0.999, ge=0, lt=1)
     checkpoint_every: int = Field(default=500, gt=0)
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -92,13 +93,13 @@ class ScheduleRecipe(_Strict):
 class LossRecipe(_Strict):
     """Weights of the terms of the joint loss."""
 
-    clip: float = 1.0
-    frame: float = 0.5
-    speaker: float = 0.4
-    label_smoothing: float = 0.05
-    speaker_scale: float = 30.0
-    speaker_margin: float = 0.2
-    margin_warmup_steps: int = 2000
+    clip: NotNegative = 1.0
+    frame: NotNegative = 0.5
+    speaker: NotNegative = 0.4
+    label_smoothing: float = Field(default=0.05, ge=0, lt=1)
+    speaker_scale: Positive = 30.0
+    speaker_margin: NotNegative = 0.2
+    margin_warmup_steps: CountOrZero = 2000
     # From this step on, only `shared_gradient` of the speaker loss's gradient reaches the layers that
     # keywords share. Features that tell speakers apart invite learning words speaker by speaker.
     shared_gradient: float = Field(default=1.0, ge=0, le=1)
@@ -110,22 +111,22 @@ class HintsRecipe(_Strict):
 
     # The folder with its two graphs (`make teachers`); where it lies does not count.
     teacher: Path = Path(".teachers/openwakeword/resources/models")
-    weight: float = Field(default=1.0, gt=0)
+    weight: Positive = 1.0
 
 
 class VoicesRecipe(_Strict):
     """Resemblyzer as a teacher of the speaker embedding (see `training/voices.py`)."""
 
     python: Path = Path(".venv-peers/bin/python")
-    weight: float = Field(default=1.0, gt=0)
+    weight: Positive = 1.0
 
 
 class SoftTargetsRecipe(_Strict):
     """A bundle of the built-in store as a teacher of keywords (see `training/objectives/soft_targets.py`)."""
 
     bundle: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}@[1-9][0-9]{0,5}$")
-    weight: float = Field(default=1.0, gt=0)
-    temperature: float = Field(default=1.0, gt=0)
+    weight: Positive = 1.0
+    temperature: Positive = 1.0
 
 
 class Recipe(_Strict):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from training.bounds import Count, CountOrZero, NotNegative, PositiveSpan, Probability
 from training.students.frontend import CENTRE, FLOOR, HIGHEST_HZ, LOWEST_HZ, SPREAD, hz_to_mel, mel_to_hz
 
 DB_PER_UNIT = SPREAD * 10 / math.log(10)  # log-mel features count natural logarithms of power / SPREAD
@@ -21,17 +22,17 @@ class SpectralRecipe:
     """Probabilities per clip, ranges of factors, decibels, mels and frames."""
 
     # Vocal tract length perturbation (Jaitly & Hinton 2013): another speaker says the same.
-    p_warp: float = 0.0
-    warp: tuple[float, float] = (0.88, 1.12)
+    p_warp: Probability = 0.0
+    warp: PositiveSpan = (0.88, 1.12)
     # A gain that varies along frequency (Nam et al. 2022, FilterAugment): another microphone or room.
-    p_colour: float = 0.0
-    colour_db: float = 6.0
-    colour_points: int = 5
+    p_colour: Probability = 0.0
+    colour_db: NotNegative = 6.0
+    colour_points: Count = 5
     # SpecAugment (Park et al. 2019).
-    frequency_stripes: int = 2
-    widest_mels: int = 10
-    time_stripes: int = 2
-    longest_frames: int = 10
+    frequency_stripes: CountOrZero = 2
+    widest_mels: CountOrZero = 10
+    time_stripes: CountOrZero = 2
+    longest_frames: CountOrZero = 10
 
 
 class SpectralAugment:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import soundfile
 
+from training.bounds import Count
 from training.errors import TrainingError
 from training.manifest import Clip
 
@@ -28,7 +29,7 @@ VARIANTS = ("m1", "m2", "m3", "m4", "m5", "m6", "m7", "f1", "f2", "f3", "f5")
 class SynthesisRecipe:
     """How many voices read each word, and for which languages."""
 
-    voices: int = 24
+    voices: Count = 24
     languages: tuple[str, ...] = ("en",)
 
 

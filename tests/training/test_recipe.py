@@ -70,11 +70,27 @@ def test_defaults_fill_the_rest(tmp_path: Path) -> None:
         ("schedule.precision", "float16"),
         ("schedule.workers", -1),
         ("sampling.crop_s", "long"),
+        ("sampling.p_alone", 1.1),
+        ("sampling.trim_s", -0.1),
         ("shape.mels", 64.5),
+        ("shape.kernel", 0),
+        ("augment.p_noise", 7),
+        ("augment.speeds", []),
+        ("augment.speeds.0", [0.0]),
+        ("augment.snr_db", [25.0, 0.0]),
+        ("augment.snr_db.1", [0.0, float("inf")]),
+        ("spectral.warp.0", [-1.0, 1.0]),
+        ("spectral.colour_points", 0),
+        ("data.synthesis.voices", 0),
+        ("schedule.peak_learning_rate", 0),
+        ("schedule.weight_decay", float("nan")),
+        ("loss.label_smoothing", 1.0),
+        ("loss.speaker", -1),
     ],
 )
 def test_wrong_key_or_value_is_named(tmp_path: Path, path: str, value: object) -> None:
-    assert f"\n  {path}: " in refused(tmp_path, yaml.safe_dump(changed(path, value)))
+    given = path.removesuffix(".0").removesuffix(".1")
+    assert f"\n  {path}: " in refused(tmp_path, yaml.safe_dump(changed(given, value)))
 
 
 @pytest.mark.parametrize("section", ["name", "data", "schedule"])

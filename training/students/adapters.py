@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from training.bounds import NotNegativeSpan
 from training.teachers import SelfSupervised
 
 
@@ -30,7 +31,7 @@ class AdapterRecipe(BaseModel):
     # The first generation's code adds the adapter's input once more, beside what its paper draws.
     residual: bool = False
     # While training, Gaussian noise in the bottleneck, so many times the mean absolute activation.
-    noise: tuple[float, float] = (0.1, 0.5)
+    noise: NotNegativeSpan = (0.1, 0.5)
 
 
 class Adapter(nn.Module):

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from training.bounds import Count, CountOrZero, Probability
 from training.students.frontend import HOP, LogMel
 
 STEM_STRIDE = 2
@@ -34,22 +35,22 @@ FeatureChange = Callable[[Tensor], Tensor]
 class EdgeShape:
     """Widths (channels), depths (blocks) and kernel lengths (frames)."""
 
-    mels: int = 64
-    stem_channels: int = 24
-    early_width: int = 128
-    early_blocks: int = 2
-    early_kernel: int = 5
-    shared_width: int = 192
-    shared_blocks: int = 3
-    task_width: int = 256
-    keyword_blocks: int = 4
-    speaker_blocks: int = 3
-    kernel: int = 9
+    mels: Count = 64
+    stem_channels: Count = 24
+    early_width: Count = 128
+    early_blocks: Count = 2
+    early_kernel: Count = 5
+    shared_width: Count = 192
+    shared_blocks: Count = 3
+    task_width: Count = 256
+    keyword_blocks: Count = 4
+    speaker_blocks: Count = 3
+    kernel: Count = 9
     # How far a block's kernel reaches past its frame, of those of `kernel` frames; half of it by default. What a stream
     # has to wait for adds up over the blocks.
     ahead: int | None = None
-    speaker_dim: int = 192  # 0: no speaker branch
-    dropout: float = 0.1
+    speaker_dim: CountOrZero = 192  # 0: no speaker branch
+    dropout: Probability = 0.1
 
     def __post_init__(self) -> None:
         if self.ahead is not None and not 0 <= self.ahead < self.kernel:
