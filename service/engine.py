@@ -16,6 +16,7 @@ from model_store.streaming import Chunk, StreamingGraph
 from model_store.verify import read_cohort
 from service.audio import SAMPLE_RATE_HZ, Waveform
 from service.errors import TaskUnsupportedError
+from service.keywords import thresholds_of
 
 Array = npt.NDArray[np.float32]
 
@@ -78,6 +79,7 @@ class Engine:
         self.cohort = self._load_cohort()
         self.every_keyword = np.ones(len(self.manifest.keywords.labels), dtype=np.bool_)
         self.every_keyword.flags.writeable = False
+        self.thresholds = thresholds_of(self.manifest.keywords)
         self.memory_bytes = 0
         graph = bundle.read(self.manifest.graph.file)
         given = outputs_of(self.manifest)

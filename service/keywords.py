@@ -31,6 +31,14 @@ Scores = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
+class Evidence:
+    """What a stretch of audio says about each of K keywords at each of its T frames; both [T, K]."""
+
+    odds: Scores  # r_k(t)
+    scores: Scores  # of the window around the frame
+
+
+@dataclass(frozen=True, slots=True)
 class Detection:
     """One keyword event; times in seconds from the start of the clip."""
 
@@ -48,8 +56,8 @@ class Ranked:
     score: float
 
 
-def window_scores(logits: Array, info: KeywordInfo) -> Scores:
-    """Logits [T, 1 + K] -> scores [T, K]: frame t's window is centred on it."""
+def weigh(logits: Array, info: KeywordInfo) -> Evidence:
+    """Of logits [T, 1 + K]; frame t's window is centred on it."""
     odds = _odds(logits)
     half = max(1, round(info.window_s / info.frame_hop_s)) // 2
     sums = np.concatenate([np.zeros((1, odds.shape[1])), np.cumsum(odds, axis=0)])
@@ -57,8 +65,14 @@ def window_scores(logits: Array, info: KeywordInfo) -> Scores:
     first = np.maximum(frames - half, 0)
     last = np.minimum(frames + half + 1, len(odds))
     inside = np.maximum(sums[last] - sums[first], 0.0)
-    scores: Scores = inside / (1.0 + inside.sum(axis=1, keepdims=True))
-    return scores
+    return Evidence(odds, inside / (1.0 + inside.sum(axis=1, keepdims=True)))
+
+
+def thresholds_of(info: KeywordInfo) -> Scores:
+    """Each keyword's own, [K]."""
+    thresholds = np.array([keyword.threshold for keyword in info.labels])
+    thresholds.flags.writeable = False
+    return thresholds
 
 
 def rank(scores: Scores, info: KeywordInfo, top_k: int, allowed: npt.NDArray[np.bool_]) -> list[Ranked]:
@@ -69,33 +83,26 @@ def rank(scores: Scores, info: KeywordInfo, top_k: int, allowed: npt.NDArray[np.
 
 
 def detect(
-    logits: Array,
-    scores: Scores,
+    found: Evidence,
     info: KeywordInfo,
     duration_s: float,
     allowed: npt.NDArray[np.bool_],
-    threshold: float | None,
+    threshold: Scores | float,
 ) -> list[Detection]:
-    """Events in time order: where an allowed keyword's score passes its threshold (or the caller's).
+    """Events in time order: where an allowed keyword's score passes the threshold, its own or one for all.
 
     Peaks are taken best first. A weaker peak counts only outside the time of every stronger one, whatever
     its keyword, and outside the refractory time of a stronger one of the same keyword: so a word said
     once is reported once, and one stretch of sound is one word.
     """
-    thresholds = np.array([keyword.threshold for keyword in info.labels])
-    if threshold is not None:
-        thresholds = np.full(len(thresholds), threshold)
+    scores = found.scores
     # With a threshold of 0 every frame would qualify; a score of 0 is the absence of evidence.
-    passing = (scores >= thresholds) & (scores > 0) & allowed
-    candidates = _peaks(scores, passing)
-    if not candidates:
-        return []
-    odds = _odds(logits)
+    passing = (scores >= threshold) & (scores > 0) & allowed
     kept: list[Detection] = []
-    for frame, index in candidates:
-        found = _event(odds[:, index], scores[frame, index], frame, index, info, duration_s)
-        if all(compatible(found, other, info.refractory_s) for other in kept):
-            kept.append(found)
+    for frame, index in _peaks(scores, passing):
+        event = _event(found.odds[:, index], scores[frame, index], frame, index, info, duration_s)
+        if all(compatible(event, other, info.refractory_s) for other in kept):
+            kept.append(event)
     return sorted(kept, key=lambda item: (item.start_s, item.end_s))
 
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from model_store import KeywordInfo
 from model_store.streaming import ENDLESS, Chunk, Progress, StreamingGraph
 from service.audio import SAMPLE_RATE_HZ, Samples
-from service.keywords import Array, Detection, compatible, detect, window_scores
+from service.keywords import Array, Detection, compatible, detect, thresholds_of, weigh
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class Spotter:
         self._info = info
         self._pace = pace
         self._allowed = allowed
-        self._threshold = threshold
+        self._threshold = thresholds_of(info) if threshold is None else threshold
         self._told: list[Detection] = []
         self._unsettled: list[Detection] = []
 
@@ -80,7 +80,7 @@ class Spotter:
         """What the stretch's logits [T, K] tell that was not told before; times since the stream began."""
         info, length_s = self._info, span.end_s - span.start_s
         fresh, unsettled = [], []
-        for event in detect(logits, window_scores(logits, info), info, length_s, self._allowed, self._threshold):
+        for event in detect(weigh(logits, info), info, length_s, self._allowed, self._threshold):
             own = replace(event, start_s=event.start_s + span.start_s, end_s=event.end_s + span.start_s)
             if self._is_told(own):
                 continue

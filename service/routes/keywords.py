@@ -132,9 +132,10 @@ def spot(
 ) -> tuple[list[DetectionInfo], list[RankedKeyword]]:
     """Detections and ranking of one clip, as the response shows them."""
     info = engine.manifest.keywords
-    scores = spotting.window_scores(outputs.keyword_logits, info)
-    found = spotting.detect(outputs.keyword_logits, scores, info, duration_s, allowed, threshold)
-    ranked = spotting.rank(scores, info, top_k, allowed)
+    evidence = spotting.weigh(outputs.keyword_logits, info)
+    least = engine.thresholds if threshold is None else threshold
+    found = spotting.detect(evidence, info, duration_s, allowed, least)
+    ranked = spotting.rank(evidence.scores, info, top_k, allowed)
     return [rounded(event) for event in found], [
         RankedKeyword(keyword=item.keyword, score=round(item.score, 4)) for item in ranked
     ]

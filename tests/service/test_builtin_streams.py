@@ -10,7 +10,7 @@ import pytest
 from model_store import LocalStore, builtin_store_path
 from service.audio import SAMPLE_RATE_HZ, Samples, Waveform
 from service.engine import Engine
-from service.keywords import Detection, allowed_labels, detect, window_scores
+from service.keywords import Detection, detect, weigh
 from service.streaming import FrameStream, Pace, Piece, Spotter
 from tests.conftest import references
 from training.audio_cache import decode
@@ -30,14 +30,14 @@ TOLERANCE_S = 0.1
 def of_clip(engine: Engine, samples: Samples) -> list[Detection]:
     info = engine.manifest.keywords
     logits = engine.run([Waveform(samples)], "keywords")[0].keyword_logits
-    every = allowed_labels(info, [])
-    return detect(logits, window_scores(logits, info), info, len(samples) / SAMPLE_RATE_HZ, every, None)
+    duration_s = len(samples) / SAMPLE_RATE_HZ
+    return detect(weigh(logits, info), info, duration_s, engine.every_keyword, engine.thresholds)
 
 
 def of_stream(engine: Engine, samples: Samples) -> list[Detection]:
     manifest, graph = engine.manifest, engine.streaming
     assert graph is not None
-    spotter = Spotter(manifest.keywords, Pace(), allowed_labels(manifest.keywords, []), None)
+    spotter = Spotter(manifest.keywords, Pace(), engine.every_keyword, None)
     stream = FrameStream(manifest.keywords, Pace(), spotter, graph, shortest_s=manifest.audio.shortest_s)
     events: list[Detection] = []
 

@@ -126,7 +126,7 @@ def test_what_follows_the_graph_fails(client: TestClient, monkeypatch: pytest.Mo
     def broken(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("service.keywords.window_scores", broken)
+    monkeypatch.setattr("service.keywords.weigh", broken)
     assert detect(client).json()["code"] == "internal_error"
     monkeypatch.undo()
     assert detect(client).status_code == 200

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from model_store import Keyword, KeywordInfo
-from service.keywords import Detection, allowed_labels, detect, rank, window_scores
+from service.keywords import Detection, allowed_labels, detect, rank, thresholds_of, weigh
 
 HOP_S = 0.04
 INFO = KeywordInfo(
@@ -32,23 +32,23 @@ def logits(duration_s: float, *words: tuple[int, float, float, float]) -> np.nda
 
 
 def found(table: np.ndarray, *wanted: str, threshold: float | None = None) -> list[Detection]:
-    scores = window_scores(table, INFO)
-    return detect(table, scores, INFO, len(table) * HOP_S, allowed_labels(INFO, wanted), threshold)
+    least = thresholds_of(INFO) if threshold is None else threshold
+    return detect(weigh(table, INFO), INFO, len(table) * HOP_S, allowed_labels(INFO, wanted), least)
 
 
 def test_a_score_is_the_probability_of_one_word_in_the_window() -> None:
     table = logits(0.4, (1, 0.2, 0.24, 1.0))
     odds = np.exp(table[:, 1:].astype(float)).sum(axis=0)
-    assert window_scores(table, INFO)[5] == pytest.approx(odds / (1 + odds.sum()))
+    assert weigh(table, INFO).scores[5] == pytest.approx(odds / (1 + odds.sum()))
 
 
 def test_background_scores_low() -> None:
-    assert window_scores(logits(5.0), INFO).max() < 0.02
+    assert weigh(logits(5.0), INFO).scores.max() < 0.02
 
 
 def test_extreme_logits_stay_finite() -> None:
     table = logits(1.0, (1, 0.2, 0.6, 4e4))
-    scores = window_scores(table, INFO)
+    scores = weigh(table, INFO).scores
     assert np.isfinite(scores).all()
     assert scores.max() == pytest.approx(1.0)
 
@@ -103,7 +103,7 @@ def test_times_stay_within_the_clip() -> None:
 
 
 def test_the_ranking_is_ordered_and_as_long_as_asked() -> None:
-    scores = window_scores(logits(3.0, (2, 1.0, 1.5, 3.0), (1, 1.0, 1.5, 1.0)), INFO)
+    scores = weigh(logits(3.0, (2, 1.0, 1.5, 3.0), (1, 1.0, 1.5, 1.0)), INFO).scores
     ranking = rank(scores, INFO, 2, allowed_labels(INFO, ()))
     assert [item.keyword for item in ranking] == ["en:no", "en:yes"]
     assert ranking[0].score > ranking[1].score
@@ -116,5 +116,5 @@ def test_an_unknown_keyword_is_an_error() -> None:
 
 def test_a_single_frame_is_enough_of_a_clip() -> None:
     table = logits(HOP_S, (1, 0.0, HOP_S, 4.0))
-    assert window_scores(table, INFO).shape == (1, 3)
+    assert weigh(table, INFO).scores.shape == (1, 3)
     assert len(found(table)) == 1
