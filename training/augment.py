@@ -110,7 +110,7 @@ def reverberate(speech: Waveform, response: Waveform) -> Waveform:
     size = 1 << (full - 1).bit_length()
     full_wet = np.fft.irfft(np.fft.rfft(speech, size) * np.fft.rfft(response, size), size)
     wet: Waveform = full_wet[DIRECT_SOUND_SAMPLES : DIRECT_SOUND_SAMPLES + len(speech)].astype(np.float32)
-    return wet * np.float32(_rms(speech) / max(_rms(wet), 1e-9))
+    return wet * np.float32(level_of(speech) / max(level_of(wet), 1e-9))
 
 
 def mix(speech: Waveform, noise: Waveform, snr_db: float) -> Waveform:
@@ -118,7 +118,7 @@ def mix(speech: Waveform, noise: Waveform, snr_db: float) -> Waveform:
     spoken = speech[speech != 0]
     if len(spoken) == 0:
         return noise
-    scale = _rms(spoken) / max(_rms(noise), 1e-9) * 10 ** (-snr_db / 20)
+    scale = level_of(spoken) / max(level_of(noise), 1e-9) * 10 ** (-snr_db / 20)
     return speech + noise * np.float32(scale)
 
 
@@ -141,10 +141,11 @@ def telephone(waveform: Waveform) -> Waveform:
 
 def at_level(waveform: Waveform, level_dbfs: float) -> Waveform:
     """Scale to a root-mean-square level, then clip to full scale as a converter would."""
-    scaled = waveform * np.float32(10 ** (level_dbfs / 20) / max(_rms(waveform), 1e-6))
+    scaled = waveform * np.float32(10 ** (level_dbfs / 20) / max(level_of(waveform), 1e-6))
     clipped: Waveform = np.clip(scaled, -1.0, 1.0)
     return clipped
 
 
-def _rms(waveform: Waveform) -> float:
+def level_of(waveform: Waveform) -> float:
+    """Root of the mean square; 0 of nothing."""
     return float(np.sqrt(np.mean(np.square(waveform, dtype=np.float64)))) if len(waveform) else 0.0

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from training.errors import TrainingError
 
-# By default glibc hands each freed tensor back to the system, which then clears it page by page for the next one: half
-# of the time that Resemblyzer takes.
+# By default glibc hands each freed tensor back to the system, which then clears it page by page for the next one.
 KEEP_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**31), "MALLOC_MMAP_THRESHOLD_": str(2**31)}
 
 

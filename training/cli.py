@@ -29,7 +29,7 @@ RESULTS = Path("docs/results")
 DataRoot = Annotated[Path | None, typer.Option("--data", help="Folder with manifest.csv; default: the recipe's.")]
 RunFolder = Annotated[Path | None, typer.Option("--run", help="Run folder; default runs/NAME.")]
 CacheFolder = Annotated[Path, typer.Option("--cache", help="Decoded audio is kept here.")]
-Only = Annotated[list[str] | None, typer.Option(help="Only these rows, and those they begin with.")]
+Only = Annotated[list[str] | None, typer.Option(help="Only these rows, and those they begin with or stand against.")]
 StopAfter = Annotated[int | None, typer.Option(help="Stop at this step; the same command goes on.")]
 
 

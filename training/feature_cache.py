@@ -19,6 +19,8 @@ from training.cuts import Waves
 from training.teachers import HiddenStates, Teacher
 
 SUFFIX = ".safetensors"
+# Counts changes of what a teacher says: what was kept before one is not looked at again.
+FORM = 2
 
 
 class CachedTeacher:
@@ -94,7 +96,7 @@ def _read(file: Path) -> Tensor | None:
 
 
 def _digest(teacher: Teacher, targets: Sequence[int]) -> str:
-    digest = hashlib.sha256(f"{teacher.family}:{teacher.normalise}:{list(targets)}".encode())
+    digest = hashlib.sha256(f"{FORM}:{teacher.family}:{teacher.normalise}:{list(targets)}".encode())
     for name, value in sorted(teacher.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

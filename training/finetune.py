@@ -235,6 +235,8 @@ def save_joint(
         "adapters": None if recipe.adapters is None else recipe.adapters.model_dump(mode="json"),
         "backbone": backbone if recipe.mode == "masks" else None,
         "layers": recipe.layers if recipe.mode == "masks" else 0,
+        # Frames go through the norm behind the last layer, where norms come first.
+        "last_norm": True,
     }
     (folder / DESCRIPTION).write_text(json.dumps(described, indent=1, ensure_ascii=False), encoding="utf-8")
 
@@ -245,6 +247,8 @@ def load_joint(folder: Path) -> tuple[JointModel, list[str]]:
         raise RunError(f"{folder} is not finished; the same command goes on with it")
     described: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     trunk = _trunk(folder, described)
+    if trunk.model.config.do_stable_layer_norm and not described.get("last_norm"):
+        raise RunError(f"{folder} was trained without the norm behind its last layer; it has to be trained anew")
     adapters = described.get("adapters")
     model = JointModel(
         trunk,

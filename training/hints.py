@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from training.audio_cache import AudioCache, Waveform
 from training.errors import TeacherError
+from training.files import cache_key
 
 WIDTH = 96
 MELS = 32
@@ -92,10 +93,7 @@ class HintCache:
     @classmethod
     def build(cls, folder: Path, teacher: SpeechEmbedding, paths: Sequence[Path], audio: AudioCache) -> HintCache:
         """Of exactly these recordings, each judged once and kept in `folder`; some 30 ms for a second."""
-        key = hashlib.sha256(teacher.digest.encode())
-        for path in paths:
-            key.update(f"{path}:{audio.length(path)}\n".encode())
-        stem = folder / f"hints-{key.hexdigest()[:20]}"
+        stem = folder / f"hints-{teacher.digest[:12]}-{cache_key(paths)}"
         data, table = stem.with_suffix(".npy"), stem.with_suffix(".json")
         if not table.is_file():
             index, parts, position = {}, [], 0

@@ -21,6 +21,8 @@ class Measured:
     figures: list[Figure]
     det: dict[str, list[tuple[float, float]]]
     error: str = ""
+    # The row that it is compared with; default: the reference.
+    against: str = ""
 
     def value(self, name: str) -> float:
         return Report("", "", "", self.figures).value(name)
@@ -33,6 +35,7 @@ class Section:
     title: str
     about: str
     rows: list[str]
+    remarks: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,8 @@ class Shared:
     heads: list[float]
     # Mean cosine between the masks of two rows, over layers.
     alike: list[tuple[str, str, float]]
+    # What that would be of masks that have nothing to do with each other: the share of weights that are on.
+    chance: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +67,8 @@ class Outcome:
     sections: list[Section] = field(default_factory=list)
     shared: list[Shared] = field(default_factory=list)
     remarks: str = ""
+    # What the times were taken on.
+    machine: str = ""
 
     @classmethod
     def read(cls, folder: Path) -> Outcome:
@@ -76,6 +83,7 @@ class Outcome:
                 [Figure(**figure) for figure in row["figures"]],
                 {curve: [(float(x), float(y)) for x, y in points] for curve, points in row["det"].items()},
                 row["error"],
+                row.get("against", ""),
             )
             for name, row in stored.pop("rows").items()
         }

@@ -21,8 +21,12 @@ ScheduledT = TypeVar("ScheduledT", DistilRecipe, FinetuneRecipe)
 COMPARED = """Teacher and students are the papers' scaled down to what two cores train (the recipes say how). Every
 distillation had {distillation} steps and every fine-tuning {finetuning}; where both are one step, half of their sum, as
 each of these takes the student through two batches. `passes` are those batches: rows that go on from another row, or
-were not distilled, have more or fewer. Bundles are not calibrated, as only ranks of scores are compared. No recipe,
-checkpoint or threshold was chosen on the split reported here."""
+were not distilled, have more or fewer. Fine-tuning turns from task to task: what was tuned for one task alone had all
+of the steps for it, and is compared with a model that had so too. Models of some corpora's words were asked for those.
+Bundles are not calibrated, as only ranks of scores are compared; speakers' scores are normalised by a cohort of
+training speakers (AS-norm), as they are where it is served, and EER by cosine is without. No recipe, checkpoint or
+threshold was chosen on the split reported here. Each was trained once, and `asc` has six people: a point of difference
+may be the seed's."""
 
 
 class Variant(BaseModel):
@@ -56,6 +60,9 @@ class RowRecipe(BaseModel):
     timed_only: bool = False
     # Also measured under every noise and room (`sotto evaluate --robust`).
     grid: bool = False
+    # The row that it is compared with: as many steps for the same tasks, but for what the row is to show. Default: the
+    # study's reference. Its own name: none.
+    against: str = ""
     # Rows of masks with the same word here are meant to be used together, on one backbone.
     together: str = ""
 
@@ -124,6 +131,8 @@ def check_study(study: StudyRecipe, where: str) -> None:
         raise RecipeError(f"{where}: {name!r} is both a row and what rows begin with")
     together: dict[str, Any] = {}
     for name, row in study.rows.items():
+        if row.against and row.against not in study.rows:
+            raise RecipeError(f"{where}: {name} is compared with {row.against!r}, which is no row")
         if row.bundle is not None:
             continue
         recipe = tuning(study, name)
@@ -162,7 +171,7 @@ def join_studies(studies: Sequence[StudyRecipe]) -> tuple[StudyRecipe, list[Sect
                 raise RecipeError(f"{study.name} and {first.name} differ in {what}: {own}, {whole}")
         _gather(distil, study.distil, study.name)
         _gather(rows, study.rows, study.name)
-        sections.append(Section(study.title, study.intro, list(study.rows)))
+        sections.append(Section(study.title, study.intro, list(study.rows), study.remarks))
     joined = first.model_copy(update={"distil": distil, "rows": rows})
     check_study(joined, "together")
     return joined, sections
@@ -171,9 +180,10 @@ def join_studies(studies: Sequence[StudyRecipe]) -> tuple[StudyRecipe, list[Sect
 def only_rows(
     study: StudyRecipe, sections: Sequence[Section], names: Sequence[str]
 ) -> tuple[StudyRecipe, list[Section]]:
-    """The study cut down to these rows, the reference, and what they begin with. Raises RecipeError."""
-    wanted = {study.reference}
-    queue = list(names)
+    """The study cut down to these rows, the reference, and what they begin with or are compared with. Raises
+    RecipeError."""
+    wanted: set[str] = set()
+    queue = [study.reference, *names]
     while queue:
         name = queue.pop()
         if name not in study.rows:
@@ -182,8 +192,7 @@ def only_rows(
         init = study.rows[name].init
         # A row may begin with another one, or with what another one has taught.
         before = study.distil[init].teacher if init in study.distil else init
-        if before in study.rows:
-            queue.append(before)
+        queue += [row for row in (before, study.rows[name].against) if row in study.rows and row not in wanted]
     rows = {name: row for name, row in study.rows.items() if name in wanted}
     begun = {row.init for row in rows.values()}
     distil = {name: variant for name, variant in study.distil.items() if name in begun}

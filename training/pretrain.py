@@ -22,6 +22,7 @@ from torch import nn
 from transformers import HubertConfig, Wav2Vec2FeatureExtractor
 
 from training.audio_cache import SAMPLE_RATE_HZ
+from training.bounds import Count, Probability
 from training.cuts import AudioRecipe, Batches
 from training.errors import RunError
 from training.objectives.masked import MaskedPrediction
@@ -38,13 +39,13 @@ class TeacherShape(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    hidden_size: int = 768
-    layers: int = 12
-    heads: int = 12
-    feed_forward: int = 3072
-    conv_channels: int = 512
-    dropout: float = 0.1
-    layer_drop: float = 0.0
+    hidden_size: Count = 768
+    layers: Count = 12
+    heads: Count = 12
+    feed_forward: Count = 3072
+    conv_channels: Count = 512
+    dropout: Probability = 0.1
+    layer_drop: Probability = 0.0
     # Norms before attention and feed-forward, as in HuBERT Large, instead of after them as in Base: learns
     # much faster in the first thousands of steps.
     pre_norm: bool = False

@@ -18,11 +18,13 @@ from statistics import mean
 from typing import Any
 
 from model_store import Bundle, LocalStore, builtin_store_path
+from model_store.graph import part_of
 from training.calibrate import TASKS, bundle_of
 from training.distil import distil
 from training.errors import RecipeError, RunError
 from training.evaluation.client import served
-from training.evaluation.cost import latencies_ms, multiply_accumulates
+from training.evaluation.cost import latencies_ms, machine, multiply_accumulates
+from training.evaluation.recordings import DRAW
 from training.evaluation.report import Figure, Report, evaluate
 from training.evaluation.robust import NOISY, evaluate_robustness
 from training.evaluation.tasks import COMMAND_CORPORA
@@ -39,6 +41,8 @@ from training.trainer import losses_of, seconds_taken
 
 Say = Callable[[str], None]
 WEIGHTS = "model.safetensors"
+# The graph's output behind which no head stands.
+FRAMES = "frames"
 # Of a bundle that was not calibrated, as those of one task or of a comparison are not, these mean nothing.
 CALIBRATED = ("sv Cllr", "sv false")
 
@@ -70,15 +74,19 @@ def run_study(study: StudyRecipe, setting: Setting, sections: Sequence[Section] 
         try:
             bundle, figures, det = made.row(name)
             graphs[name] = bundle.read(bundle.manifest.graph.file)
-            rows[name] = Measured(row.title, figures, det)
+            rows[name] = Measured(row.title, figures, det, against=row.against)
         # Whatever one row dies of, hours of the others' work are not to be lost to it.
         except Exception as error:
             setting.say(f"{name} failed: {error}")
-            rows[name] = Measured(row.title, [], {}, f"{type(error).__name__}: {error}")
+            rows[name] = Measured(row.title, [], {}, f"{type(error).__name__}: {error}", row.against)
     setting.say("timing all graphs side by side")
-    for name, latency in latencies_ms(graphs).items():
+    trunks = {f"{FRAMES} of {name}": part_of(graph, (FRAMES,)) for name, graph in graphs.items()}
+    latencies = latencies_ms({**graphs, **trunks})
+    for name in graphs:
+        latency = latencies[name]
         rows[name].figures.extend(
             [
+                Figure("trunk alone, one thread", latencies[f"{FRAMES} of {name}"].one_thread, "ms"),
                 Figure("one second of audio, one thread", latency.one_thread, "ms"),
                 Figure("one second of audio, all threads", latency.all_threads, "ms", f"{latency.threads} threads"),
                 Figure("multiply-accumulates", multiply_accumulates(graphs[name]) / 1e6, "M"),
@@ -97,6 +105,7 @@ def run_study(study: StudyRecipe, setting: Setting, sections: Sequence[Section] 
         list(sections),
         made.shared([name for name, row in rows.items() if not row.error]),
         study.remarks,
+        machine(),
     )
     if not setting.part:
         outcome.write(setting.folder)
@@ -207,8 +216,9 @@ class _Made:
                 for one, other in combinations(names, 2)
             ]
             backbone = self._folders[self._study.rows[names[0]].init] / WEIGHTS
+            on = [float(layer.float().mean()) for mask in masks.values() for layer in mask.values()]
             sizes = [[_megabytes(run / file) for run in runs] for file in (MASKS, HEADS)]
-            found.append(Shared(names, _megabytes(backbone), sizes[0], sizes[1], alike))
+            found.append(Shared(names, _megabytes(backbone), sizes[0], sizes[1], alike, mean(on)))
         return found
 
     def _measured(self, name: str, bundle: Bundle, tasks: tuple[str, ...]) -> Report:
@@ -219,19 +229,21 @@ class _Made:
         corpora = None if self._study.rows[name].bundle else tuning(self._study, name).corpora
         # A model of some corpora's words is not compared with one that has to tell all of them apart.
         rows = (("asc", {"asc"}), ("commands", set(COMMAND_CORPORA)))
-        spoken = ["keywords", "asc"] if corpora is None else [row for row, heard in rows if heard & set(corpora)]
+        spoken = [row for row, heard in rows if corpora is None or heard & set(corpora)]
+        if corpora is None:
+            spoken.insert(0, "keywords")
         wanted = [*(spoken if "keywords" in tasks else ()), *(("sv",) if "speakers" in tasks else ())]
         disturbed = ["all"] if grid else [NOISY] if setting.noisy else []
         key = {
             "graph": bundle.manifest.files[bundle.manifest.graph.file].sha256,
             "split": setting.split,
             "tables": digest_tables(self._root),
-            **({"disturbed": disturbed} if disturbed else {}),
+            "rows": wanted,
+            **({"disturbed": disturbed, "draw": DRAW} if disturbed else {}),
         }
         if path.is_file():
             stored = json.loads(path.read_text(encoding="utf-8"))
-            # Figures of before the tables were noted down count as of these.
-            if all({"tables": key["tables"], **stored}.get(part) == value for part, value in key.items()):
+            if all(stored.get(part) == value for part, value in key.items()):
                 return Report(
                     stored["model"],
                     setting.split,

@@ -115,7 +115,8 @@ def reach(kernels: Sequence[int], strides: Sequence[int]) -> int:
 class HiddenStates:
     """B clips, T frames, D channels, H heads. Values past a clip's frames mean nothing."""
 
-    hidden: tuple[Tensor, ...]  # layers + 1 of [B, T, D]; first the encoder's input, then each layer's output
+    # layers + 1 of [B, T, D]; first the encoder's input, then each layer's output, the last one normed
+    hidden: tuple[Tensor, ...]
     mask: Tensor  # [B, T] bool, True within the clip
     attention: tuple[Tensor, ...] = ()  # each layer's [B, H, T, T] after the softmax, where it was asked for
 
@@ -168,6 +169,10 @@ class SelfSupervised(nn.Module):
         # clip's mask costs. It is given the counts.
         own: Any = model
         own._get_feature_vector_attention_mask = within
+        if getattr(own, "adapter", None) is not None:
+            # wav2vec 2.0's, which makes frames longer for translation.
+            own.adapter = None
+            config.add_adapter = False
 
     def keep_attention(self) -> None:
         """From now on forward also returns every layer's attention, which the fused kernels do not give."""
@@ -218,6 +223,9 @@ class SelfSupervised(nn.Module):
                 return_dict=True,
             )
         hidden = tuple(found.hidden_states)
+        if self.model.config.do_stable_layer_norm:
+            # Norms come first, so one more stands behind the last layer; transformers 5 lists what comes before it.
+            hidden = (*hidden[:-1], found.last_hidden_state)
         mask = within(hidden[0].shape[1], counts)
         return HiddenStates(hidden, mask, tuple(found.attentions) if self._attention else ())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from training.evaluation.tasks import (
     verification,
 )
 from training.evaluation.wake import WakeMisses, listen, wake_audio, wake_misses
-from training.manifest import COLUMNS, Clip, Data, read_data, read_trials
+from training.manifest import COLUMNS, Clip, Data, Recording, read_data, read_trials
 
 
 def top(label: str) -> dict[str, Any]:
@@ -170,6 +171,35 @@ def test_pocketsphinx_is_given_what_the_service_is(tmp_path: Path, monkeypatch: 
         "en:alexa": (1, 2),
         "en:snowboy": (1, 1),
     }
+
+
+def test_a_word_that_pocketsphinx_cannot_pronounce_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pocketsphinx.py").write_text(POCKETSPHINX.replace('"snowboy" else', '"alexa" else'))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    clip = make_clip(tmp_path, "wake", corpus="pvwake", keyword="alexa")
+    with pytest.raises(MeasurementError, match="how 'alexa' is pronounced"):
+        pocketsphinx_found(wake_audio(Data(tmp_path, (clip,), (), ()), "dev"), Path(sys.executable))
+
+
+def test_the_row_says_what_it_was_held_to_and_which_peer_is_missing(tmp_path: Path) -> None:
+    data = wake_data(tmp_path, hours=2.0)
+    for clip in data.clips:
+        write_wav(clip.path, np.zeros(1600, dtype=np.float32))
+    noise = Recording(data.clips[0].path, "noise", "made", "dev", "noise", 1.0)
+    client: Any = FakeClient()
+    client.detect = lambda _upload, **_query: events(0.9)
+    said: list[str] = []
+    report = evaluate(
+        client, replace(data, noises=(noise,)), split="dev", rows=["wake"], bundle=None,
+        peers_python=tmp_path / "python", command="", say=said.append,
+    )  # fmt: skip
+    # Everything sounds alike: two alarms in two hours let all be found, none lets nothing.
+    assert {figure.name: figure.value for figure in report.figures} == {
+        "wake miss at 1/h, clean": 0.0, "wake miss at no false alarm, clean": 100.0,
+        "wake miss at 1/h, 10 dB": 0.0, "wake miss at no false alarm, 10 dB": 100.0,
+    }  # fmt: skip
+    assert [line for line in said if "PocketSphinx" in line] == [said[-1]]
+    assert "make peers" in said[-1]
 
 
 def test_peers_that_are_not_there_are_said_to_be(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Numbers in brackets are the items of checklist 1(e) of the design's recipes.md.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -216,6 +217,16 @@ def test_an_interrupted_fine_tuning_ends_with_the_same_weights(chain: Chain, tun
     finetune(tune_recipe(chain.data), tmp_path / "run", chain.cache, init=init)
     one, other = load_joint(tmp_path / "run")[0].state_dict(), load_joint(tuned)[0].state_dict()
     assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_a_run_whose_heads_never_saw_the_last_norm_is_refused(tuned: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(tuned, old)
+    for file, changes in (("model/config.json", {"do_stable_layer_norm": True}), ("joint.json", {"last_norm": False})):
+        held = json.loads((old / file).read_text())
+        (old / file).write_text(json.dumps({**held, **changes}))
+    with pytest.raises(RunError, match="trained anew"):
+        load_joint(old)
 
 
 @pytest.mark.parametrize("family", ["wav2vec2", "hubert", "wavlm"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from training.augment import AugmentRecipe
 from training.batches import Batch, BatchSource, SamplingRecipe
 from training.errors import RunError
 from training.export import check_graph_equals_network, traced
-from training.finetune import FinetuneRecipe, JointFinetuning, finetune, load_joint
+from training.finetune import FinetuneRecipe, JointFinetuning, _source, finetune, load_joint
 from training.manifest import labels_of, read_data
 from training.objectives.one_step import MigratingSource, OneStep, OneStepRecipe
 from training.students.adapters import AdapterRecipe
@@ -204,6 +205,29 @@ def test_the_second_generation_s_audio_migrates(made_data: Path, tmp_path: Path,
     assert torch.equal(source[step].unlabelled, found.unlabelled)
 
 
+def test_a_run_s_audio_moves_from_its_corpora_to_known_speakers(made_data: Path, tmp_path: Path) -> None:
+    """[3] As a recipe says it: at first nobody known is heard, in the last step mostly they are."""
+    data = read_data(made_data)
+    clips = data.split("train")
+    cache = AudioCache.build(tmp_path, [clip.path for clip in clips])
+    recipe = tune_recipe(
+        made_data, tasks=("speakers",), one_step={**B, "corpora": ["gsc"], "crop_s": 0.3}, augment={"p_noise": 0.0},
+        schedule={"steps": STEPS, "batch_size": 50, "workers": 0},
+    )  # fmt: skip
+    known = [replace(clip, speaker="" if clip.corpus == "gsc" else clip.speaker or "x") for clip in clips]
+    source = _source(recipe, replace(data, noises=(), rooms=()), known, "speakers", cache, labels_of(clips), parts=2)
+    whole = [cache.read(clip.path).tobytes() for clip in known if clip.speaker]
+
+    def of_known_speakers(number: int) -> int:
+        heard = source[number].unlabelled
+        assert heard is not None
+        return sum(any(crop[:200].tobytes() in samples for samples in whole) for crop in heard.numpy())
+
+    # Two micro-batches make a step.
+    assert (of_known_speakers(0), source[0].unlabelled_lengths.max()) == (0, 4800)
+    assert of_known_speakers(2 * STEPS - 1) > 30
+
+
 @pytest.mark.parametrize("kind", ["light", "ecapa"])
 def test_back_ends_ignore_padding(kind: str) -> None:
     torch.manual_seed(0)
@@ -231,6 +255,13 @@ def test_back_ends_have_the_published_sizes() -> None:
     assert isinstance(model.speaker_head, LightBackEnd)
 
 
+@pytest.mark.parametrize(("width", "channels"), [(16, 64), (256, 192), (384, 256), (768, 512), (1024, 512)])
+def test_ecapa_is_scaled_down_with_its_trunk(width: int, channels: int) -> None:
+    network = back_end("ecapa", width, 2, 8, 0.0)
+    assert isinstance(network, EcapaBackEnd)
+    assert (network.begin.conv.out_channels, network.aggregate.out_channels) == (channels, 3 * channels)
+
+
 @pytest.mark.parametrize("kind", ["light", "ecapa"])
 def test_the_graph_is_the_network(teacher: Teacher, kind: str) -> None:
     network = model_of(teacher, speakers_by=kind).eval()
@@ -245,11 +276,11 @@ def test_a_run_trains_at_its_rates_and_is_opened_again(
     one_step: dict[str, object],
 ) -> None:
     """[4] and what is kept: trunk in the transformers format, adapters and back end beside it."""
-    groups: list[set[float]] = []
+    rates: dict[tuple[int, ...], float] = {}
     made = torch.optim.AdamW.__init__
 
-    def noted(self: torch.optim.AdamW, given: list[dict[str, object]], **settings: object) -> None:
-        groups.append({float(group["rate"]) for group in given})
+    def noted(self: torch.optim.AdamW, given: list[dict[str, Any]], **settings: object) -> None:
+        rates.update({tuple(one.shape): float(group["rate"]) for group in given for one in group["params"]})
         made(self, given, **settings)
 
     monkeypatch.setattr(torch.optim.AdamW, "__init__", noted)
@@ -258,9 +289,14 @@ def test_a_run_trains_at_its_rates_and_is_opened_again(
         adapter_rate=10.0, balance_speakers=True, one_step=one_step,
     )  # fmt: skip
     folder = finetune(recipe, tmp_path / "run", chain.cache, init=str(chain.teacher))
-    assert groups == [{0.1, 10.0, 1.0}]
     model, _ = load_joint(folder)
     assert model.adapters is not None
+    parts = {
+        0.1: model.trunk.model.encoder.layers[0].feed_forward.intermediate_dense,
+        10.0: model.adapters.layers[0].down,
+        1.0: model.speaker_head.project,
+    }
+    assert {rate: rates[tuple(part.weight.shape)] for rate, part in parts.items()} == {rate: rate for rate in parts}
     assert any(bool(parameter.any()) for parameter in model.adapters.layers[0].up.parameters())
     state = torch.load(folder / "last.pt", weights_only=True)["stage"]
     with torch.no_grad():

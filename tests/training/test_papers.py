@@ -13,7 +13,7 @@ from tests.conftest import REPOSITORY, encoded, voice
 from tests.training.chain import pretrain_recipe
 from training.evaluation.client import Upload, served
 from training.outcome import Outcome
-from training.plan import Budget, StudyRecipe, join_studies, load_study, only_rows
+from training.plan import Budget, StudyRecipe, distillation, join_studies, load_study, only_rows, tuning
 from training.study import Setting, run_study
 
 PAPERS = sorted((REPOSITORY / "training/recipes/papers").glob("*.yaml"))
@@ -26,7 +26,7 @@ SHAPE = {
 PAPER_ROWS = {
     "multi-task": ("student",),
     "star": ("star",),
-    "robust": ("robust-unmasked",),
+    "robust": ("robust", "robust-unmasked"),
     "os-kdft": ("os-kdft-a", "os-kdft-b"),
     "s3-router": ("masks-8", "pruned-50", "slim-50"),
 }
@@ -67,6 +67,47 @@ def test_each_paper_has_a_row_here(study: StudyRecipe) -> None:
         assert {row: study.rows[row].init for row in PAPER_ROWS[path.stem]} == {
             row: own[row].init for row in PAPER_ROWS[path.stem]
         }
+
+
+def test_each_paper_is_held_against_what_it_is_to_be_better_than() -> None:
+    """Checklists 2(e)(7), 3(e)(6), 4(e)(5 and 7), 5(e)(4, 5 and 7): what has to be compared has its row."""
+    joined, _ = join_studies([load_study(path) for path in PAPERS])
+    tuned = {name: tuning(joined, name) for name in joined.rows}
+    # No row stops or is chosen by what is watched.
+    assert {recipe.schedule.patience for recipe in tuned.values()} == {0}
+    related = {name: distillation(joined, row.init).relations for name, row in joined.rows.items() if "star" in name}
+    assert {name: (one.attention, one.layerwise, one.intra, one.scaling) for name, one in related.items()} == {
+        "star": (False, True, True, "cosine"),
+        "star-layerwise": (False, True, False, "cosine"),
+        "star-intra": (False, False, True, "cosine"),
+        "star-attention": (True, False, False, "cosine"),
+        "star-all": (True, True, True, "cosine"),
+        "star-raw": (False, True, True, "none"),
+    }
+    # The clean student hears neither noise nor rooms, in neither part; both are measured in all of them.
+    clean, robust = joined.rows["clean"], joined.rows["robust"]
+    assert (clean.grid, robust.grid, robust.against, clean.changes) == (True, True, "clean", robust.changes)
+    assert (tuned["clean"].augment.p_noise, tuned["clean"].augment.p_room) == (0.0, 0.0)
+    assert distillation(joined, clean.init).corruption is None
+    assert distillation(joined, robust.init).corruption is not None
+    # One step beside two, with the same parts.
+    for name in ("os-kdft-a", "os-kdft-b"):
+        two = tuned[joined.rows[name].against]
+        assert two.one_step is None
+        assert tuned[name].layers == distillation(joined, joined.rows[joined.rows[name].against].init).layers
+        same = {"one_step": None, "layers": 0, "name": two.name}
+        assert tuned[name].model_copy(update=same) == two
+    # Masks beside weights, from one beginning; scores by rank beside random ones; three tasks on one backbone.
+    masks = {name: recipe.masks for name, recipe in tuned.items() if name.startswith("masks")}
+    assert {(one.sparsity, one.init) for one in masks.values()} == {
+        (0.0, "rank"), (0.04, "rank"), (0.08, "rank"), (0.08, "random"), (0.12, "rank"),
+    }  # fmt: skip
+    assert {joined.rows[name].init for name in masks} == {joined.rows["student"].init}
+    routes = [name for name, row in joined.rows.items() if row.together == "router"]
+    assert len(routes) == 3
+    for name in routes:
+        own = tuned[joined.rows[name].against]
+        assert (own.mode, own.tasks, own.corpora) == ("full", tuned[name].tasks, tuned[name].corpora)
 
 
 @pytest.mark.parametrize("row", ["reference", *ROWS])

@@ -16,7 +16,7 @@ from training.errors import TeacherError
 from training.objectives.distillation import Distillation, EdgeDistillation
 from training.objectives.robust import Enhancement, EnhancementRecipe, magnitudes
 from training.pretrain import save_teacher
-from training.teachers import SelfSupervised, Teacher, load_teacher
+from training.teachers import HiddenStates, SelfSupervised, Teacher, load_teacher
 
 HEAD = {"hidden": 8, "layers": 1, "dropout": 0.0}
 
@@ -44,12 +44,51 @@ def corrupted(*seconds: float) -> Waves:
 
 
 def test_the_head_is_the_paper_s() -> None:
-    """[3] Three bidirectional layers of 256 and a mask of 257 bins, weight 2: 4.86 M."""
+    """[3] Three bidirectional layers of 256 and a mask of 257 bins, weight 2: 4.86 M on the CNN's 512 channels."""
     published = EnhancementRecipe()
     assert published.weight == 2.0
     assert published.source == "last"
-    head = Enhancement(768, 320, published)
-    assert sum(parameter.numel() for parameter in head.parameters()) == pytest.approx(4.86e6, rel=0.15)
+    sizes = [
+        sum(parameter.numel() for parameter in Enhancement(width, 320, published).parameters()) for width in (512, 768)
+    ]
+    assert sizes == [4_862_721, 5_387_009]
+
+
+EDGE = {"mels": 32, "stem_channels": 8, "early_width": 16, "shared_width": 24, "task_width": 32, "speaker_dim": 16}
+CNN = ((8, 10, 5), (8, 1, 1), *((8, 3, 2),) * 4, (16, 1, 1), *((16, 2, 2),) * 2)
+THIN = {"hidden_size": 16, "feed_forward": 24, "heads": 2, "layers": 2, "cnn": CNN, "dropout": 0.0}
+EDGE_LAYERS = [[1, "early.1"], [2, "keyword.3"]]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"shape": "edge", "edge": EDGE},
+        {"shape": "thin", "thin": THIN},
+        {"shape": "edge", "edge": EDGE, "relations": {"edge_layers": EDGE_LAYERS}},
+    ],
+)
+def test_the_teacher_hears_the_recording_and_the_student_what_became_of_it(
+    teacher: Teacher, changes: dict[str, object]
+) -> None:
+    """[1] Whatever the student and the objective."""
+    told: list[torch.Tensor] = []
+    heard: list[torch.Tensor] = []
+
+    def judge(batch: Waves) -> HiddenStates:
+        told.append(batch.waveform)
+        return teacher(batch.waveform, batch.lengths)
+
+    related = "thin" in changes or "relations" in changes
+    objective = {"objective": "relations", "enhancement": None} if related else {}
+    stage = build(recipe(Path("x"), **changes, **objective), teacher, judge)
+    stage.student.register_forward_pre_hook(lambda _module, given: heard.append(given[0]))
+    batch = corrupted(0.5, 0.8)
+    stage(batch, 0)
+    assert batch.clean is not None
+    assert [torch.equal(one, batch.clean) for one in told] == [True]
+    assert [torch.equal(one, batch.waveform) for one in heard] == [True]
 
 
 def test_a_perfect_mask_costs_nothing_and_an_empty_one_the_recording() -> None:
@@ -128,14 +167,13 @@ def test_the_head_is_dropped(made_data: Path, teacher: Teacher, tmp_path: Path) 
 
 
 def test_the_edge_student_is_made_robust_too(teacher: Teacher) -> None:
-    edge = {"mels": 32, "stem_channels": 8, "early_width": 16, "shared_width": 24, "task_width": 32, "speaker_dim": 16}
-    stage = build(recipe(Path("x"), shape="edge", edge=edge), teacher)
+    stage = build(recipe(Path("x"), shape="edge", edge=EDGE), teacher)
     assert isinstance(stage, EdgeDistillation)
     terms = stage(corrupted(0.5, 0.8), 0)
     terms["enhancement"].backward()
     assert any(one.grad is not None and one.grad.any() for one in stage.student.stem.parameters())
     with pytest.raises(TeacherError, match="CNN throughout"):
-        build(recipe(Path("x"), shape="edge", edge=edge, enhancement={**HEAD, "source": "cnn"}), teacher)
+        build(recipe(Path("x"), shape="edge", edge=EDGE, enhancement={**HEAD, "source": "cnn"}), teacher)
 
 
 def test_relations_have_no_enhancement_head(teacher: Teacher) -> None:

@@ -67,6 +67,18 @@ def test_noise_has_its_level_below_what_the_room_made_of_the_speech(
     assert found == pytest.approx(snr_db, abs=0.1)
 
 
+def test_a_noise_s_pauses_are_not_made_loud(data: Data, tmp_path: Path) -> None:
+    """A tenth of a second of noise in five of next to nothing."""
+    rng = np.random.default_rng(1)
+    sneeze = 1e-5 * rng.standard_normal(80_000)
+    sneeze[40_000:41_600] += 0.3 * rng.standard_normal(1600)
+    write_wav(tmp_path / "sneeze.wav", sneeze.astype(np.float32))
+    noises = [Recording(tmp_path / "sneeze.wav", "sneeze", "made", "dev", "sneeze", 5.0)]
+    for clip in data.clips:
+        added = heard(disturbed(clip, noises, 10.0)) - heard(disturbed(clip, noises, None))
+        assert np.abs(added).max() > 10 * np.median(np.abs(added))
+
+
 def test_a_clip_meets_the_same_noise_and_room_every_time(data: Data) -> None:
     rooms = [np.r_[np.zeros(40), 1.0, np.zeros(100 * number), 0.5].astype(np.float32) for number in range(8)]
     once, twice = (disturbed(data.clips[0], data.noises, 5.0, rooms) for _ in range(2))

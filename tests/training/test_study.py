@@ -14,7 +14,7 @@ from tests.training.chain import distil_recipe, pretrain_recipe, tune_recipe
 from training import study as study_module
 from training.distil import DistilRecipe
 from training.errors import RecipeError
-from training.evaluation.page import comparison, grid, marks, shared, table, write_page
+from training.evaluation.page import comparison, explained, grid, marks, shared, table, write_page
 from training.evaluation.report import Figure
 from training.outcome import Measured, Outcome, Section, Shared
 from training.plan import (
@@ -58,8 +58,25 @@ OUTCOME = Outcome(
 
 def test_the_student_is_compared_with_the_reference() -> None:
     lines = comparison(OUTCOME)
-    assert lines[-1] == "| the student | 75.0 % | 75.0 % | 75.0 % | -0.10 | +0.90 |"
+    assert lines[-1] == "| the student | the reference | 75.0 % | 75.0 % | 75.0 % | -0.10 | +0.90 |"
     assert not any("broken" in line for line in lines)
+
+
+def test_a_row_is_compared_with_the_one_that_it_names() -> None:
+    noisy = [Figure("asc top-1", 90.0, "%"), Figure("asc top-1, dry, 10 dB", 70.0, "%")]
+    better = [Figure("asc top-1", 88.0, "%"), Figure("asc top-1, dry, 10 dB", 80.0, "%")]
+    rows = {
+        **OUTCOME.rows,
+        "clean": replace(OUTCOME.rows["student"], figures=[*figures(80, 8, 2.5, 2), *noisy], title="clean"),
+        "robust": Measured("robust", [*figures(85, 7, 2.5, 2), *better], {}, against="clean"),
+        "alone": Measured("alone", figures(85, 7, 2.5, 2), {}, against="broken"),
+        "cut": Measured("cut", figures(85, 7, 2.5, 2), {}, against="what was left out"),
+    }
+    lines = comparison(replace(OUTCOME, rows=rows), ["robust", "alone", "cut"])
+    assert lines[1] == "### Compared"
+    assert lines[3].endswith("| accuracy, points | `asc`, points | EER, points | `asc` lost at 10 dB |")
+    assert lines[5] == "| robust | clean | 0.0 % | 0.0 % | 0.0 % | +5.00 | -2.00 | -1.00 | 8.00, not 20.00 |"
+    assert lines[6:] == ["", "the broken one failed, so alone is not compared with it."]
 
 
 def test_the_table_has_intervals_and_says_what_failed() -> None:
@@ -71,6 +88,17 @@ def test_the_table_has_intervals_and_says_what_failed() -> None:
 
 def test_columns_that_nobody_has_are_left_out() -> None:
     assert "Cllr" not in table(OUTCOME)[0]
+
+
+def test_only_columns_that_are_there_are_explained() -> None:
+    assert explained(OUTCOME) == ["Intervals are 95 % (Wilson).", ""]
+    timed = replace(OUTCOME.rows["student"], figures=[Figure("trunk alone, one thread", 1.0, "ms")])
+    said = explained(replace(OUTCOME, rows={"student": timed}, machine="2 cores of X"))
+    assert said == [
+        "Times are medians for one second of audio, a batch of one, on 2 cores of X.",
+        "`trunk alone` is without any head.",
+        "",
+    ]
 
 
 def test_marks_are_met_or_missed() -> None:
@@ -86,7 +114,8 @@ def test_marks_are_met_or_missed() -> None:
 
 def test_without_a_reference_nothing_is_compared() -> None:
     rows = {**OUTCOME.rows, "reference": OUTCOME.rows["broken"]}
-    assert comparison(replace(OUTCOME, rows=rows)) == ["The reference failed, so nothing is compared with it."]
+    lines = comparison(replace(OUTCOME, rows=rows))
+    assert lines == ["", "the broken one failed, so the student is not compared with it."]
 
 
 def test_the_page_names_the_command_and_has_its_plots(tmp_path: Path) -> None:
@@ -110,8 +139,11 @@ def test_a_page_of_timings_alone_does_not_speak_of_recordings(tmp_path: Path) ->
 JOINED = replace(
     OUTCOME,
     student="",
-    sections=[Section("First paper", "What it is.", ["reference", "broken"]), Section("Second", "", ["student"])],
-    shared=[Shared(["reference", "student"], 10.0, [0.1, 0.1], [0.4, 0.4], [("reference", "student", 0.95)])],
+    sections=[
+        Section("First paper", "What it is.", ["reference", "broken"]),
+        Section("Second", "", ["student"], "As tried."),
+    ],
+    shared=[Shared(["reference", "student"], 10.0, [0.1, 0.1], [0.4, 0.4], [("reference", "student", 0.95)], 0.9)],
 )
 
 
@@ -130,6 +162,9 @@ def test_each_study_has_its_own_table(tmp_path: Path) -> None:
     assert "| the broken one | failed" in first
     assert "| the student |" not in first
     assert "| the student | 89.90" in second
+    assert "\nAs tried.\n" in second
+    assert "| the student | the reference | 75.0 % |" in second
+    assert "## Compared" not in text.replace("### Compared", "")
 
 
 def test_tasks_on_one_backbone_are_weighed_against_students_of_their_own() -> None:
@@ -137,6 +172,7 @@ def test_tasks_on_one_backbone_are_weighed_against_students_of_their_own() -> No
     # 10 + 2 x 0.1 + 2 x 0.4 against 2 x 10 + 2 x 0.4
     assert any("11.00 MB for all of them together, 20.80 MB for 2 students" in line for line in lines)
     assert lines[-1] == "| the reference | the student | 0.950 |"
+    assert any(line.endswith("would have a cosine of 0.900.") for line in lines)
 
 
 def test_a_grid_is_shown_where_it_was_measured() -> None:
@@ -217,6 +253,8 @@ def test_a_study_is_trained_measured_and_not_done_twice(study_file: Path, tmp_pa
     assert 0 < keywords.value("parameters") < reference.value("parameters")
     assert reference.value("parameters") < reference.value("parameters, training heads included")
     assert 0 < keywords.value("multiply-accumulates") < reference.value("multiply-accumulates")
+    assert all(row.value("trunk alone, one thread") > 0 for row in outcome.rows.values() if not row.error)
+    assert "cores" in outcome.machine
     assert 0 < reference.value("training") < keywords.value("training")
     assert "99" in outcome.rows["impossible"].error
     assert "measuring sv" in said
@@ -319,6 +357,8 @@ def test_rows_are_cut_down_to_those_asked_for_and_what_they_begin_with() -> None
     joined, sections = join_studies([load_study(path) for path in PAPERS])
     cut, left = only_rows(joined, sections, ["pruned-80", "star"])
     assert list(cut.rows) == ["reference", "student", "pruned-80", "star"]
+    beside, _ = only_rows(joined, sections, ["route-sv"])
+    assert list(beside.rows) == ["reference", "reference-speakers", "own-sv", "route-sv"]
     assert set(cut.distil) == {"distilled", "relations"}
     assert all(section.rows for section in left)
     with pytest.raises(RecipeError, match="there is no row 'nobody'"):

@@ -22,7 +22,9 @@ from transformers import (
 )
 
 from training.errors import TeacherError
-from training.teachers import at_centres, load_teacher, require_hop
+from training.pretrain import save_teacher
+from training.students.distil import student_of
+from training.teachers import SelfSupervised, at_centres, load_teacher, require_hop
 
 SHAPE = {
     "hidden_size": 24,
@@ -85,9 +87,13 @@ def test_hidden_states_are_those_of_transformers(folder: Path) -> None:
     ).input_values
     family = json.loads((folder / "config.json").read_text())["model_type"]
     with torch.no_grad():
-        wanted = CLASSES[family][1].from_pretrained(folder).eval()(own, output_hidden_states=True).hidden_states
+        told = CLASSES[family][1].from_pretrained(folder).eval()(own, output_hidden_states=True)
+    # What leaves the encoder is normed in every model, also where the norms of its layers come first.
+    wanted = (*told.hidden_states[:-1], told.last_hidden_state)
     found = load_teacher(str(folder))(batch, lengths).hidden
     assert len(found) == len(wanted) == 4
+    # The weights of that norm are still those that it began with.
+    assert found[-1].square().mean(dim=2).sqrt() == pytest.approx(1.0, abs=0.01)
     for one, other in zip(found, wanted, strict=True):
         assert (one - other).abs().max() < 1e-4
 
@@ -102,6 +108,21 @@ def test_clips_give_in_a_batch_what_they_give_alone(folder: Path) -> None:
         assert int(together.mask[row].sum()) == frames == alone.hidden[0].shape[1]
         for one, other in zip(together.hidden, alone.hidden, strict=True):
             assert (one[row, :frames] - other[0]).abs().max() < 1e-3
+
+
+def test_the_last_norm_is_trained(tmp_path: Path) -> None:
+    trunk = load_teacher(str(save(tmp_path, "hubert", "layer", True))).model
+    student = SelfSupervised(trunk.requires_grad_(True), normalise=True)
+    torch.autograd.backward(student(*noise(16_000)).hidden[-1].square().mul(torch.arange(24)).mean())
+    assert trunk.encoder.layer_norm.weight.grad.abs().sum() > 0
+
+
+def test_an_adapter_for_translation_is_left_out(tmp_path: Path) -> None:
+    folder = save(tmp_path, "wav2vec2", "layer", True, add_adapter=True, output_hidden_size=24)
+    teacher = load_teacher(str(folder))
+    assert {frames.shape[1] for frames in teacher(*noise(16_000)).hidden} == {teacher.frames(16_000)}
+    save_teacher(student_of(teacher, layers=1), tmp_path / "student")
+    assert load_teacher(str(tmp_path / "student")).layers == 1
 
 
 def test_normalised_input_forgets_its_level(hubert: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import platform
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,19 @@ class Latency:
     one_thread: float
     all_threads: float
     threads: int
+
+
+def machine() -> str:
+    """What times are taken on, in words."""
+    cpu = platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                cpu = line.partition(":")[2].strip()
+                break
+    except OSError:
+        pass
+    return f"{len(os.sched_getaffinity(0))} cores of {cpu}, ONNX Runtime {onnxruntime.__version__}"
 
 
 def one_second() -> dict[str, Any]:

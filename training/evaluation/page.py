@@ -17,6 +17,7 @@ from training.evaluation.robust import NOISY, REVERBERANT, robustness_table
 from training.outcome import Measured, Outcome, Shared
 
 ACCURACY, EER = "keywords top-1", "sv EER"
+TRUNK = "trunk alone, one thread"
 ONE_THREAD, ALL_THREADS = "one second of audio, one thread", "one second of audio, all threads"
 # (heading, figure, decimals)
 COLUMNS = (
@@ -24,6 +25,7 @@ COLUMNS = (
     ("`asc`, %", "asc top-1", 2),
     ("`commands`, %", "commands top-1", 2),
     ("SV EER, %", EER, 2),
+    ("by cosine, %", "sv, cosine EER", 2),
     ("minDCF", "sv minDCF(0.01)", 3),
     ("Cllr", "sv Cllr", 3),
     ("`asc` at 10 dB, %", f"asc top-1, {NOISY}", 2),
@@ -34,11 +36,14 @@ COLUMNS = (
     ("MACs/s, M", "multiply-accumulates", 0),
     ("1 s on 1 thread, ms", ONE_THREAD, 2),
     ("1 s on all, ms", ALL_THREADS, 2),
+    ("trunk alone, ms", TRUNK, 2),
     ("passes", "passes", 0),
     ("distillation loss, first tenth of steps", "distillation loss, first tenth", 3),
     ("and last tenth", "distillation loss, last tenth", 3),
     ("training, min", "training", 0),
 )
+# Points lost at 10 dB of unseen noise: (heading, figure, and by which sign a loss is one).
+LOSSES = (("`asc` lost at 10 dB", "asc top-1", -1), ("EER gained at 10 dB", EER, 1))
 DET_TICKS = (0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6)
 # Matplotlib has so many colours in turn; then the next marker or line.
 COLOURS = 10
@@ -78,10 +83,8 @@ def write_page(outcome: Outcome, page: Path) -> None:
     lines += [
         *table(outcome),
         "",
-        "Intervals are 95 % (Wilson). `with training heads` counts what is left behind at export; `passes` are batches",
-        "of audio that went through the student, distillation included.",
-        "",
-        *comparison(outcome),
+        *explained(outcome),
+        *([] if outcome.sections else comparison(outcome)),
         *marks(outcome),
     ]
     if outcome.remarks:
@@ -90,6 +93,8 @@ def write_page(outcome: Outcome, page: Path) -> None:
         lines += ["", f"## {section.title}", ""]
         lines += [section.about.strip(), ""] if section.about else []
         lines += table(outcome, section.rows)
+        lines += comparison(outcome, section.rows)
+        lines += ["", section.remarks.strip()] if section.remarks else []
         lines += [line for name in section.rows for line in grid(outcome.rows[name])]
     lines += [line for one in outcome.shared for line in shared(outcome, one)]
     for name, title, draw in plots:
@@ -116,24 +121,63 @@ def table(outcome: Outcome, names: Sequence[str] | None = None) -> list[str]:
     return lines
 
 
-def comparison(outcome: Outcome) -> list[str]:
-    """The student and every other row against the reference, in the paper's terms."""
-    reference = outcome.rows[outcome.reference]
-    if reference.error:
-        return ["The reference failed, so nothing is compared with it."]
-    lines = [
-        f"## Against {reference.title}",
-        "",
-        "| | smaller by | fewer MACs by | faster by (one thread) | accuracy, points | EER, points |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
+def explained(outcome: Outcome) -> list[str]:
+    """What the table's columns mean, those that it has."""
+    given = {figure.name for row in outcome.rows.values() for figure in row.figures}
+    said = []
+    if any("interval" in figure.detail for row in outcome.rows.values() for figure in row.figures):
+        said.append("Intervals are 95 % (Wilson).")
+    if "parameters, training heads included" in given:
+        said.append("`with training heads` counts what the last run of each left behind at export.")
+    if "passes" in given:
+        said.append("`passes` are batches of audio that went through the student, distillation included.")
+    if outcome.machine:
+        said.append(
+            f"Times: medians for one second of audio, a batch of one, on {outcome.machine}; all graphs in turn."
+        )
+    if TRUNK in given:
+        said.append("`trunk alone` is without any head.")
+    return [*said, ""] if said else []
+
+
+def comparison(outcome: Outcome, names: Sequence[str] | None = None) -> list[str]:
+    """Every row, or each of those named, against the one that it is to be compared with, in the paper's terms."""
+    pairs, lost = [], []
     for name, row in outcome.rows.items():
-        if name == outcome.reference or row.error:
+        other = outcome.rows.get(row.against or outcome.reference)
+        if other is None or other is row or row.error or (names is not None and name not in names):
             continue
-        shares = [_saved(row, reference, figure) for figure in ("parameters", "multiply-accumulates", ONE_THREAD)]
-        changes = [_change(row, reference, figure) for figure in (ACCURACY, EER)]
-        lines.append(f"| {row.title} | " + " | ".join([*shares, *changes]) + " |")
-    return lines
+        if other.error:
+            lost += ["", f"{other.title} failed, so {row.title} is not compared with it."]
+        else:
+            pairs.append((row, other))
+    if not pairs:
+        return lost
+    columns: list[tuple[str, Callable[[Measured, Measured], str]]] = [
+        ("against", lambda _, other: other.title),
+        ("smaller by", partial(_saved, figure="parameters")),
+        ("fewer MACs by", partial(_saved, figure="multiply-accumulates")),
+        ("faster by (one thread)", partial(_saved, figure=ONE_THREAD)),
+        ("accuracy, points", partial(_change, figure=ACCURACY)),
+        ("`asc`, points", partial(_change, figure="asc top-1")),
+        ("`commands`, points", partial(_change, figure="commands top-1")),
+        ("EER, points", partial(_change, figure=EER)),
+        *((heading, partial(_lost, figure=figure, sign=sign)) for heading, figure, sign in LOSSES),
+    ]
+    cells = [[tell(row, other) for _, tell in columns] for row, other in pairs]
+    told = [number for number in range(len(columns)) if any(line[number] != ABSENT for line in cells)]
+    return [
+        "",
+        f"{'##' if names is None else '###'} Compared",
+        "",
+        "| | " + " | ".join(columns[number][0] for number in told) + " |",
+        "| --- | --- |" + " ---: |" * (len(told) - 1),
+        *(
+            f"| {row.title} | " + " | ".join(line[number] for number in told) + " |"
+            for (row, _), line in zip(pairs, cells, strict=True)
+        ),
+        *lost,
+    ]
 
 
 def marks(outcome: Outcome) -> list[str]:
@@ -185,6 +229,8 @@ def shared(outcome: Outcome, found: Shared) -> list[str]:
         f"The backbone is {found.backbone:.2f} MB: {together:.2f} MB for all of them together, {apart:.2f} MB for "
         f"{len(found.rows)} students of their own, {(1 - together / apart) * 100:.1f} % less.",
         "",
+        f"Masks that have nothing to do with each other would have a cosine of {found.chance:.3f}.",
+        "",
         "| masks of | and of | mean cosine |",
         "| --- | --- | ---: |",
         *(
@@ -208,6 +254,12 @@ def _cell(row: Measured, name: str, places: int) -> str:
 def _saved(row: Measured, reference: Measured, figure: str) -> str:
     share = 1 - row.value(figure) / reference.value(figure)
     return f"{share * 100:.1f} %" if math.isfinite(share) else ABSENT
+
+
+def _lost(row: Measured, other: Measured, figure: str, sign: int) -> str:
+    """What noise takes from each of them."""
+    own, theirs = (sign * (one.value(f"{figure}, {NOISY}") - one.value(figure)) for one in (row, other))
+    return f"{own:.2f}, not {theirs:.2f}" if math.isfinite(own) and math.isfinite(theirs) else ABSENT
 
 
 def _change(row: Measured, reference: Measured, figure: str) -> str:

@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import soundfile
@@ -32,6 +33,8 @@ def start(words: list[str]) -> None:
     _decoder = Decoder(lm=None, loglevel="ERROR")
     for word in {part for phrase in words for part in phrase.split()}:
         if _decoder.lookup_word(word) is None:
+            if word not in PRONUNCIATIONS:
+                raise ValueError(f"PocketSphinx does not know how {word!r} is pronounced; say so in {__file__}")
             _decoder.add_word(word, PRONUNCIATIONS[word], True)
     with tempfile.NamedTemporaryFile("w", suffix=".list") as listed:
         listed.writelines(f"{phrase} /{THRESHOLD:g}/\n" for phrase in words)
@@ -65,8 +68,9 @@ def main(plan_file: str, out_file: str) -> None:
     with open(plan_file, encoding="utf-8") as stream:
         plan = json.load(stream)
     context = multiprocessing.get_context("spawn")
-    with context.Pool(len(os.sched_getaffinity(0)), start, (plan["words"],)) as pool:
-        found = pool.map(find, plan["files"], chunksize=32)
+    # Unlike multiprocessing's own pool it gives up where `start` fails.
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), context, start, (plan["words"],)) as pool:
+        found = list(pool.map(find, plan["files"], chunksize=32))
     with open(out_file, "w", encoding="utf-8") as stream:
         json.dump(found, stream)
 

@@ -11,11 +11,18 @@ import numpy as np
 import soundfile
 
 from training.audio_cache import SAMPLE_RATE_HZ, Waveform, decode
-from training.augment import drawn_for, mix, reverberate
+from training.augment import drawn_for, level_of, mix, reverberate
 from training.evaluation.client import Upload
 from training.manifest import Clip, Recording
 
 _TYPES = {".opus": "audio/ogg", ".ogg": "audio/ogg", ".wav": "audio/wav", ".flac": "audio/flac", ".mp3": "audio/mpeg"}
+
+# A sneeze in five seconds of nothing: what lies beside it, made as loud, would be a codec's noise. So another stretch
+# is drawn while one is below this share of the whole recording's level.
+LEAST_LEVEL = 0.05
+TRIES = 50
+# Counts changes of what is sent: figures of different ones are not comparable.
+DRAW = 2
 
 
 def as_recorded(clip: Clip | Recording) -> Upload:
@@ -62,8 +69,11 @@ def _type(path: Path) -> str:
 def _noisy(speech: Waveform, clip: Clip, noises: Sequence[Recording], snr_db: float) -> Waveform:
     rng = drawn_for(clip.key)
     noise = _noise(noises[int(rng.integers(len(noises)))].path)
-    start = int(rng.integers(max(1, len(noise) - len(speech))))
-    piece = np.resize(noise[start:], len(speech)) if len(noise) - start < len(speech) else noise[start:][: len(speech)]
+    for _ in range(TRIES):
+        start = int(rng.integers(max(1, len(noise) - len(speech))))
+        piece = np.resize(noise[start:], len(speech))
+        if level_of(piece) >= LEAST_LEVEL * level_of(noise):
+            break
     return mix(speech, piece, snr_db)
 
 

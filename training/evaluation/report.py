@@ -152,7 +152,7 @@ def _wake(client: ServiceClient, data: Data, split: str, peers_python: Path, say
         plan = wake_audio(data, split, snr_db=snr_db)
         heard = listen(client, plan)
         figures.append(_wake_figure(label, wake_misses(plan, heard, per_hour=WAKE_ALARMS_PER_HOUR)))
-        # The split is too short for one alarm in ten hours; this is stricter.
+        # Short audio cannot show one alarm in ten hours: that none was in all of it is the least that can be counted.
         none = wake_misses(plan, heard, per_hour=0.0)
         figures.append(Figure(f"wake miss at no false alarm, {label}", none.misses.value * 100, "%", _words(none)))
         if beside:

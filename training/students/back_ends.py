@@ -126,7 +126,15 @@ def back_end(kind: BackEnd, width: int, layers: int, dim: int, dropout: float) -
     """For a trunk of that width and depth."""
     if kind == "linear":
         return LinearBackEnd(width, dim, dropout)
-    return LightBackEnd(width, layers, dim) if kind == "light" else EcapaBackEnd(width, dim)
+    if kind == "light":
+        return LightBackEnd(width, layers, dim)
+    channels = ecapa_channels(width)
+    return EcapaBackEnd(width, dim, channels=channels, aggregated=3 * channels)
+
+
+def ecapa_channels(width: int) -> int:
+    """512, as published, behind a trunk of 768 and wider; behind a narrower one as many less as it is narrower."""
+    return min(512, max(64, 64 * round(512 / 768 * width / 64)))
 
 
 def statistics(frames: Tensor, mask: Tensor) -> Tensor:
