@@ -103,7 +103,7 @@ def export(run_folder: Path, out: Path, *, name: str, data_root: Path | None = N
         files[STREAM] = traced_stream(streaming)
         check_stream_equals_clip(StreamingGraph(open_session(files[STREAM], threads=1), stream, hop=FRAME_HOP), session)
     if finished.speaker_dim:
-        cohort = speaker_cohort(network, [clip for clip in trained_on if clip.speaker])
+        cohort = speaker_cohort(session, [clip for clip in trained_on if clip.speaker])
         files[COHORT] = cohort.astype("<f4").tobytes()
     manifest = _manifest(name, finished, trained_on, files, stream)
     write_draft(out, manifest, files)
@@ -205,8 +205,7 @@ def run_graph(session: Session, clips: list[Array], names: Sequence[str] = tuple
     return dict(zip(names, session.run(list(names), {"waveform": batch, "lengths": lengths}), strict=True))
 
 
-@torch.no_grad()
-def speaker_cohort(student: nn.Module, clips: list[Clip]) -> Array:
+def speaker_cohort(session: Session, clips: list[Clip]) -> Array:
     """One unit vector for each training speaker: the mean embedding of up to 20 of their clips."""
     by_speaker: dict[str, list[Clip]] = {}
     for clip in clips:
@@ -214,10 +213,7 @@ def speaker_cohort(student: nn.Module, clips: list[Clip]) -> Array:
     rows = []
     for _, own in sorted(by_speaker.items()):
         chosen = own[:: max(1, len(own) // COHORT_CLIPS)][:COHORT_CLIPS]
-        embeddings = []
-        for clip in chosen:
-            samples = torch.from_numpy(decode(clip.path))[None]
-            embeddings.append(student(samples, torch.tensor([samples.shape[1]])).speaker_embedding[0].numpy())
+        embeddings = [run_graph(session, [decode(clip.path)], (SPEAKER,))[SPEAKER][0] for clip in chosen]
         mean = np.mean(embeddings, axis=0)
         rows.append(mean / np.linalg.norm(mean))
     return np.stack(rows).astype(np.float32)

@@ -45,9 +45,19 @@ def study(work: Path, made_data: Path) -> StudyRecipe:
     teacher.write_text(yaml.safe_dump(pretrain_recipe(made_data, shape=SHAPE).model_dump(mode="json")))
     joined, sections = join_studies([load_study(path) for path in PAPERS])
     cut = only_rows(joined.model_copy(update={"teacher": teacher}), sections, ROWS)[0]
-    rows = {name: row.model_copy(update={"timed_only": True}) for name, row in cut.rows.items()}
+    rows = {
+        name: row.model_copy(update={"timed_only": True, "changes": _made_corpora(row.changes)})
+        for name, row in cut.rows.items()
+    }
     distil = {name: one.model_copy(update={"changes": _few_rooms(one.changes)}) for name, one in cut.distil.items()}
     return cut.model_copy(update={"rows": rows, "distil": distil})
+
+
+def _made_corpora(changes: dict[str, Any]) -> dict[str, Any]:
+    """Where OS-KDFT's distillation begins, of the corpora that are made up here."""
+    if "corpora" not in changes.get("one_step", {}):
+        return changes
+    return {**changes, "one_step": {**changes["one_step"], "corpora": ["gsc"]}}
 
 
 def _few_rooms(changes: dict[str, Any]) -> dict[str, Any]:

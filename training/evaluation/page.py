@@ -132,9 +132,7 @@ def explained(outcome: Outcome) -> list[str]:
     if "passes" in given:
         said.append("`passes` are batches of audio that went through the student, distillation included.")
     if outcome.machine:
-        said.append(
-            f"Times: medians for one second of audio, a batch of one, on {outcome.machine}; all graphs in turn."
-        )
+        said.append(f"Times are medians for one second of audio, a batch of one, on {outcome.machine}.")
     if TRUNK in given:
         said.append("`trunk alone` is without any head.")
     return [*said, ""] if said else []
