@@ -80,6 +80,6 @@ def test_detections_are_those_of_the_clip_graph(reference: str, corpus: str, sha
         whole = of_clip(engine, samples)
         total += len(whole)
         different += unmatched(whole, of_stream(engine, samples))
-    print(f"{reference}, {corpus}: {different} of {total} events differ")  # noqa: T201  # with -s
+    print(f"{reference}, {corpus}: {different} of {total} events differ")  # noqa: T201  for docs/results/release.md, with pytest -s
     assert total > 200
     assert different <= DIFFERENT * total, f"{different} of {total}"
