@@ -4,6 +4,10 @@ A worker that is free takes the item whose turn it is at once, together with wai
 of similar size; what arrives while all workers are busy waits and is batched by the next free one. So an
 idle service adds no delay and a busy one fills its batches by itself.
 
+Where there are as many workers as cores, the last one to begin would take the event loop's core, and a batch of
+two there costs nearly as much as the two behind the batch that runs would add to the next. So workers may be on
+standby: these begin only what fills a batch or has waited a while.
+
 Turns go by age, and an urgent item counts as older than it is: it goes before others that have waited a
 little longer, and nothing waits for ever.
 
@@ -42,6 +46,8 @@ Clock = Callable[[], float]
 WIDEST_RATIO = 1.5
 # Weight of the newest call in the running estimate of seconds of work for each unit of size.
 SPEED_MEMORY = 0.1
+# How long an item waits at most until a worker on standby takes it. About a call of a full batch of short clips.
+STANDBY_S = 0.010
 # How often a worker that stopped or hangs is noticed.
 SUPERVISION_S = 0.5
 # After a worker died or hung, so that whoever asks every few seconds whether to send requests here sees it.
@@ -82,24 +88,29 @@ class _Worker(Generic[Item, Result]):
 
 
 class Batcher(Generic[Item, Result]):
-    """`call` maps items of one group to as many results, in order; it runs in `workers` threads at once."""
+    """`call` maps items of one group to as many results, in order; it runs in `workers` threads at once, with only
+    full batches and what has waited for the last `standby` of them."""
 
     def __init__(
         self,
         call: Callable[[list[Item]], Sequence[Result]],
         *,
         workers: int,
+        standby: int = 0,
         limits: Limits,
         observer: Observer,
         clock: Clock = time.monotonic,
     ) -> None:
         self._call = call
+        self._ready_workers = workers - standby
         self._limits = limits
         self._observer = observer
         self._clock = clock
         self._wake = threading.Condition()
         self._waiting: list[_Entry[Item, Result]] = []
         self._waiting_size = 0.0
+        # Whether an idle worker looks again by itself.
+        self._watched = False
         self._seconds_per_size: dict[Hashable, float] = {}
         self._closing = False
         self._workers: list[_Worker[Item, Result]] = []
@@ -138,7 +149,8 @@ class Batcher(Generic[Item, Result]):
             bisect.insort(self._waiting, entry, key=lambda other: other.turn)
             self._waiting_size += size
             self._report_queue()
-            self._wake.notify()
+            if not self._watched or self._pause_s() == 0:
+                self._wake.notify()
         try:
             return await entry.future
         finally:
@@ -208,12 +220,17 @@ class Batcher(Generic[Item, Result]):
     def _work(self, worker: _Worker[Item, Result]) -> None:
         while True:
             with self._wake:
-                while not self._waiting and not self._closing:
-                    self._wake.wait()
+                while not self._closing and (pause_s := self._pause_s()) != 0:
+                    watches = pause_s is not None and not self._watched
+                    self._watched = self._watched or watches
+                    self._wake.wait(pause_s if watches else None)
+                    self._watched = self._watched and not watches
                 if not self._waiting:
                     return
                 batch = worker.batch = self._take()
                 worker.since = self._clock()
+                if self._waiting:
+                    self._wake.notify()
             try:
                 if batch:
                     self._run(worker, batch)
@@ -227,6 +244,18 @@ class Batcher(Generic[Item, Result]):
                     worker.batch = []
             if worker.given_up:
                 return
+
+    def _pause_s(self) -> float | None:
+        """Seconds until an idle worker should begin, 0 for now, None while nothing waits."""
+        if not self._waiting:
+            return None
+        busy = sum(bool(worker.batch) for worker in self._workers)
+        limits = self._limits
+        full = len(self._waiting) >= limits.max_batch or self._waiting_size >= limits.max_area
+        if busy < self._ready_workers or full:
+            return 0.0
+        oldest = min(entry.enqueued for entry in self._waiting)
+        return max(0.0, oldest + STANDBY_S - self._clock())
 
     def _take(self) -> list[_Entry[Item, Result]]:
         """The item whose turn it is and others that may share its call, within the limits; expired ones are
@@ -244,7 +273,7 @@ class Batcher(Generic[Item, Result]):
                 standing.append(entry)
         batch: list[_Entry[Item, Result]] = []
         # A burst is shared out among the workers that have nothing to do, this one included.
-        free = sum(not worker.batch for worker in self._workers)
+        free = self._ready_workers - sum(bool(worker.batch) for worker in self._workers)
         most = min(self._limits.max_batch, -(-len(standing) // max(1, free)))
         if standing:
             smallest = largest = standing[0].size

@@ -135,6 +135,8 @@ class Runtime:
         self.batcher: Batcher[Job | Step, Outputs | Advanced] = Batcher(
             _run_batch,
             workers=callers,
+            # The event loop needs a core as well.
+            standby=1 if callers >= cpus > 1 else 0,
             limits=Limits(
                 settings.max_batch, settings.max_batch_audio_s, settings.max_queued_audio_s, settings.call_timeout_s
             ),

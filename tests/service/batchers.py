@@ -57,6 +57,7 @@ def batcher(
     call: Callable[[list[float]], Sequence[float]],
     *,
     workers: int = 1,
+    standby: int = 0,
     max_batch: int = 4,
     max_area: float = 100.0,
     max_waiting: float = 1000.0,
@@ -67,6 +68,7 @@ def batcher(
     made: Batcher[float, float] = Batcher(
         call,
         workers=workers,
+        standby=standby,
         limits=Limits(max_batch, max_area, max_waiting, hang_s),
         observer=observer,
         clock=clock,

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from service.batching import Batcher
+from service.batching import STANDBY_S, Batcher
 from service.queueing import (
     AbandonedError,
     ClosedError,
@@ -40,6 +40,53 @@ def test_items_that_arrive_while_busy_run_together() -> None:
         return gate.calls
 
     assert asyncio.run(main()) == [[1.0], [1.0, 1.01, 1.02]]
+
+
+def test_a_worker_on_standby_begins_with_a_full_batch() -> None:
+    async def main() -> list[list[float]]:
+        gate = Gate()
+        with batcher(gate, workers=2, standby=1, max_batch=3, clock=lambda: 0.0) as (made, observer):
+            tasks = [submit(made, 1.0)]
+            await entered(gate)
+            tasks += [submit(made, 1.1), submit(made, 1.2)]
+            await queued(observer, 2)
+            await asyncio.sleep(5 * STANDBY_S)
+            assert gate.calls == [[1.0]], "nothing has waited long by the batcher's clock, which stands still"
+            tasks.append(submit(made, 1.3))
+            await entered(gate)
+            gate.open.set()
+            await asyncio.gather(*tasks)
+        return gate.calls
+
+    assert asyncio.run(main()) == [[1.0], [1.1, 1.2, 1.3]]
+
+
+def test_a_worker_on_standby_takes_what_has_waited() -> None:
+    async def main() -> list[list[float]]:
+        gate = Gate()
+        with batcher(gate, workers=2, standby=1) as (made, _):
+            tasks = [submit(made, 1.0)]
+            await entered(gate)
+            tasks.append(submit(made, 1.1))
+            # The first call is still held up.
+            await entered(gate)
+            gate.open.set()
+            await asyncio.gather(*tasks)
+        return gate.calls
+
+    assert asyncio.run(main()) == [[1.0], [1.1]]
+
+
+def test_many_items_find_workers_on_standby_awake() -> None:
+    async def main() -> list[float]:
+        with batcher(lambda items: [item * 10 for item in items], workers=3, standby=1) as (made, _):
+            found: list[float] = []
+            for count in (1, 2, 5, 40):
+                found += await asyncio.gather(*(submit(made, 1.0 + index / 1000) for index in range(count)))
+            return found
+
+    expected = [10 + index / 100 for count in (1, 2, 5, 40) for index in range(count)]
+    assert asyncio.run(asyncio.wait_for(main(), 20)) == pytest.approx(expected)
 
 
 def test_items_of_different_length_are_not_padded_together() -> None:

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from model_store.store import open_bundle
 from tests.training.conftest import TinyRun
 from tests.training.test_corpora import tone
-from tests.training.test_study import OUTCOME
+from tests.training.test_page import OUTCOME
 from training import calibrate as calibrate_module
 from training.calibrate import bundle_of
 from training.cli import app
