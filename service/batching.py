@@ -65,6 +65,7 @@ class _Entry(Generic[Item, Result]):
     size: float
     cost_s: float  # predicted
     turn: float  # least goes first
+    gather_s: float
     deadline: float
     enqueued: float
     abandoned: Callable[[], bool]
@@ -109,8 +110,8 @@ class Batcher(Generic[Item, Result]):
         self._wake = threading.Condition()
         self._waiting: list[_Entry[Item, Result]] = []
         self._waiting_size = 0.0
-        # Whether an idle worker looks again by itself.
-        self._watched = False
+        # When an idle worker looks again by itself.
+        self._looks_at = float("inf")
         self._seconds_per_size: dict[Hashable, float] = {}
         self._closing = False
         self._workers: list[_Worker[Item, Result]] = []
@@ -130,11 +131,13 @@ class Batcher(Generic[Item, Result]):
         deadline: float,
         group: Hashable = None,
         priority: Priority = Priority.CLIP,
+        gather_s: float = 0.0,
         abandoned: Callable[[], bool] = lambda: False,
     ) -> Timed[Result]:
         """Wait for the item's result. `size` is its cost, such as seconds of audio; `deadline` is on the
-        batcher's clock. Cancelling the task drops the item before its call, as does `abandoned`, asked from
-        a worker's thread, when it says that nobody waits any more.
+        batcher's clock; `gather_s` is how long it waits for others to share its call, if they do not fill it before.
+        Cancelling the task drops the item before its call, as does `abandoned`, asked from a worker's thread, when
+        it says that nobody waits any more.
 
         Raises QueueFullError, ExpiredError, AbandonedError, CallFailedError, ClosedError.
         """
@@ -143,13 +146,23 @@ class Batcher(Generic[Item, Result]):
         with self._wake:
             cost_s = size * self._rate(group)
             entry = _Entry[Item, Result](
-                item, group, size, cost_s, now + priority.value, deadline, now, abandoned, loop, loop.create_future()
+                item,
+                group,
+                size,
+                cost_s,
+                now + priority.value,
+                gather_s,
+                deadline,
+                now,
+                abandoned,
+                loop,
+                loop.create_future(),
             )
             self._admit(entry, now)
             bisect.insort(self._waiting, entry, key=lambda other: other.turn)
             self._waiting_size += size
             self._report_queue()
-            if not self._watched or self._pause_s() == 0:
+            if self._due() < self._looks_at:
                 self._wake.notify()
         try:
             return await entry.future
@@ -220,11 +233,13 @@ class Batcher(Generic[Item, Result]):
     def _work(self, worker: _Worker[Item, Result]) -> None:
         while True:
             with self._wake:
-                while not self._closing and (pause_s := self._pause_s()) != 0:
-                    watches = pause_s is not None and not self._watched
-                    self._watched = self._watched or watches
-                    self._wake.wait(pause_s if watches else None)
-                    self._watched = self._watched and not watches
+                while not self._closing and (due := self._due()) > (now := self._clock()):
+                    looks = due < self._looks_at
+                    if looks:
+                        self._looks_at = due
+                    self._wake.wait(due - now if looks else None)
+                    if looks:
+                        self._looks_at = float("inf")
                 if not self._waiting:
                     return
                 batch = worker.batch = self._take()
@@ -245,17 +260,14 @@ class Batcher(Generic[Item, Result]):
             if worker.given_up:
                 return
 
-    def _pause_s(self) -> float | None:
-        """Seconds until an idle worker should begin, 0 for now, None while nothing waits."""
-        if not self._waiting:
-            return None
-        busy = sum(bool(worker.batch) for worker in self._workers)
+    def _due(self) -> float:
+        """When an idle worker should begin, on the batcher's clock: never where nothing waits."""
         limits = self._limits
-        full = len(self._waiting) >= limits.max_batch or self._waiting_size >= limits.max_area
-        if busy < self._ready_workers or full:
-            return 0.0
-        oldest = min(entry.enqueued for entry in self._waiting)
-        return max(0.0, oldest + STANDBY_S - self._clock())
+        if len(self._waiting) >= limits.max_batch or self._waiting_size >= limits.max_area:
+            return float("-inf")
+        busy = sum(bool(worker.batch) for worker in self._workers)
+        least_s = 0.0 if busy < self._ready_workers else STANDBY_S
+        return min((entry.enqueued + max(entry.gather_s, least_s) for entry in self._waiting), default=float("inf"))
 
     def _take(self) -> list[_Entry[Item, Result]]:
         """The item whose turn it is and others that may share its call, within the limits; expired ones are

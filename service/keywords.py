@@ -56,16 +56,24 @@ class Ranked:
     score: float
 
 
-def weigh(logits: Array, info: KeywordInfo) -> Evidence:
-    """Of logits [T, 1 + K]; frame t's window is centred on it."""
+def weigh(logits: Array, info: KeywordInfo, only: npt.NDArray[np.bool_] | None = None) -> Evidence:
+    """Of logits [T, 1 + K]; frame t's window is centred on it. With `only`, a mask [K], all other keywords' are 0."""
     odds = _odds(logits)
+    every = odds.sum(axis=1, keepdims=True)
+    own = odds if only is None else odds[:, only]
     half = max(1, round(info.window_s / info.frame_hop_s)) // 2
-    sums = np.concatenate([np.zeros((1, odds.shape[1])), np.cumsum(odds, axis=0)])
+    sums = np.concatenate([own, every], axis=1)
+    sums = np.concatenate([np.zeros((1, sums.shape[1])), np.cumsum(sums, axis=0)])
     frames = np.arange(len(odds))
     first = np.maximum(frames - half, 0)
     last = np.minimum(frames + half + 1, len(odds))
     inside = np.maximum(sums[last] - sums[first], 0.0)
-    return Evidence(odds, inside / (1.0 + inside.sum(axis=1, keepdims=True)))
+    scores = inside[:, :-1] / (1.0 + inside[:, -1:])
+    if only is None:
+        return Evidence(odds, scores)
+    whole = np.zeros_like(odds)
+    whole[:, only] = scores
+    return Evidence(odds, whole)
 
 
 def thresholds_of(info: KeywordInfo) -> Scores:
@@ -73,6 +81,25 @@ def thresholds_of(info: KeywordInfo) -> Scores:
     thresholds = np.array([keyword.threshold for keyword in info.labels])
     thresholds.flags.writeable = False
     return thresholds
+
+
+def least_log_odds(info: KeywordInfo, allowed: npt.NDArray[np.bool_], threshold: Scores | float) -> Scores:
+    """Per keyword, [K], what its log odds against background have to reach at some frame for `detect` to find it.
+
+    A score is at most s / (1 + s), where s sums the keyword's odds over the window's n frames, and s is at most n
+    times the greatest of them: so threshold / (1 - threshold) / n is the least. Rounding has a margin of a thousandth.
+    """
+    frames = 2 * (max(1, round(info.window_s / info.frame_hop_s)) // 2) + 1
+    wanted = np.broadcast_to(np.asarray(threshold, dtype=np.float64), allowed.shape)
+    with np.errstate(divide="ignore"):
+        least = np.log(wanted) - np.log1p(-wanted) - np.log(frames)
+    return np.where(allowed, least - 1e-3, np.inf)
+
+
+def candidates(logits: Array, least: Scores) -> npt.NDArray[np.bool_]:
+    """Mask [K] of what `detect` could find in logits [T, 1 + K], by `least_log_odds`: most of what a microphone hears
+    holds no keyword, and never more than a few."""
+    return np.asarray((logits[:, 1:] - logits[:, :1]).max(axis=0) >= least)
 
 
 def rank(scores: Scores, info: KeywordInfo, top_k: int, allowed: npt.NDArray[np.bool_]) -> list[Ranked]:

@@ -52,6 +52,9 @@ DRAIN_RETRY_AFTER_S = 1.0
 LOADING_RETRY_AFTER_S = 2.0
 LAG_EVERY_S = 0.25
 STREAM = "stream"
+# A stream's words are told a quarter of a second after them at best, so its steps may wait a little for those of
+# others: eight in one call cost less than half of eight calls.
+STREAM_GATHER_S = 0.02
 
 log = logging.getLogger(__name__)
 
@@ -240,7 +243,7 @@ class Runtime:
         # Chunks of one length share a call.
         group = (engine.bundle.digest, STREAM, len(chunk.samples))
         step, size = Step(engine.streaming, chunk), len(chunk.samples) / audio.SAMPLE_RATE_HZ
-        found = await self._submit(step, size, group, clock, deadline, priority)
+        found = await self._submit(step, size, group, clock, deadline, priority, STREAM_GATHER_S)
         assert isinstance(found, tuple)
         return found
 
@@ -252,12 +255,19 @@ class Runtime:
         clock: StageClock,
         deadline: float,
         priority: Priority,
+        gather_s: float = 0.0,
     ) -> Outputs | Advanced:
         """Raises ServiceError."""
         try:
             async with _until(deadline):
                 timed = await self.batcher.submit(
-                    job, size=size, deadline=deadline, group=group, priority=priority, abandoned=clock.abandoned
+                    job,
+                    size=size,
+                    deadline=deadline,
+                    group=group,
+                    priority=priority,
+                    gather_s=gather_s,
+                    abandoned=clock.abandoned,
                 )
         except AbandonedError as error:
             raise ClientGoneError("the client went away") from error

@@ -20,7 +20,16 @@ import numpy.typing as npt
 from model_store import KeywordInfo
 from model_store.streaming import ENDLESS, Chunk, Progress, StreamingGraph
 from service.audio import SAMPLE_RATE_HZ, Samples
-from service.keywords import Array, Detection, compatible, detect, thresholds_of, weigh
+from service.keywords import (
+    Array,
+    Detection,
+    candidates,
+    compatible,
+    detect,
+    least_log_odds,
+    thresholds_of,
+    weigh,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +82,7 @@ class Spotter:
         self._pace = pace
         self._allowed = allowed
         self._threshold = thresholds_of(info) if threshold is None else threshold
+        self._least = least_log_odds(info, allowed, self._threshold)
         self._told: list[Detection] = []
         self._unsettled: list[Detection] = []
 
@@ -80,7 +90,11 @@ class Spotter:
         """What the stretch's logits [T, K] tell that was not told before; times since the stream began."""
         info, length_s = self._info, span.end_s - span.start_s
         fresh, unsettled = [], []
-        for event in detect(weigh(logits, info), info, length_s, self._allowed, self._threshold):
+        found: list[Detection] = []
+        likely = candidates(logits, self._least)
+        if likely.any():
+            found = detect(weigh(logits, info, likely), info, length_s, self._allowed, self._threshold)
+        for event in found:
             own = replace(event, start_s=event.start_s + span.start_s, end_s=event.end_s + span.start_s)
             if self._is_told(own):
                 continue

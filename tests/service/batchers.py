@@ -97,8 +97,10 @@ def submit(
     *,
     group: Hashable = None,
     priority: Priority = Priority.CLIP,
+    gather_s: float = 0.0,
 ) -> asyncio.Task[float]:
     async def one() -> float:
-        return (await made.submit(item, size=item, deadline=deadline, group=group, priority=priority)).value
+        timed = await made.submit(item, size=item, deadline=deadline, group=group, priority=priority, gather_s=gather_s)
+        return timed.value
 
     return asyncio.ensure_future(one())

@@ -77,6 +77,25 @@ def test_a_worker_on_standby_takes_what_has_waited() -> None:
     assert asyncio.run(main()) == [[1.0], [1.1]]
 
 
+def test_items_that_gather_wait_for_others_and_for_no_longer() -> None:
+    async def main() -> list[list[float]]:
+        gate = Gate()
+        gate.open.set()
+        with batcher(gate, max_batch=3) as (made, observer):
+            tasks = [submit(made, 1.0, gather_s=60.0), submit(made, 1.1, gather_s=60.0)]
+            await queued(observer, 2)
+            await asyncio.sleep(0.05)
+            assert gate.calls == []
+            await asyncio.gather(*tasks, submit(made, 1.2, gather_s=60.0))
+            # Fewer than fill a batch go when the first has waited as long as it said.
+            await asyncio.gather(submit(made, 1.3, gather_s=0.05), submit(made, 1.4, gather_s=60.0))
+            # What does not gather waits for nothing, and takes along what does.
+            await asyncio.gather(submit(made, 1.5, gather_s=60.0), submit(made, 1.6))
+        return gate.calls
+
+    assert asyncio.run(asyncio.wait_for(main(), 20)) == [[1.0, 1.1, 1.2], [1.3, 1.4], [1.5, 1.6]]
+
+
 def test_many_items_find_workers_on_standby_awake() -> None:
     async def main() -> list[float]:
         with batcher(lambda items: [item * 10 for item in items], workers=3, standby=1) as (made, _):

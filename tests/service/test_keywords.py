@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from model_store import Keyword, KeywordInfo
-from service.keywords import Detection, allowed_labels, detect, rank, thresholds_of, weigh
+from service.keywords import (
+    Detection,
+    allowed_labels,
+    candidates,
+    detect,
+    least_log_odds,
+    rank,
+    thresholds_of,
+    weigh,
+)
 
 HOP_S = 0.04
 INFO = KeywordInfo(
@@ -118,3 +127,34 @@ def test_a_single_frame_is_enough_of_a_clip() -> None:
     table = logits(HOP_S, (1, 0.0, HOP_S, 4.0))
     assert weigh(table, INFO).scores.shape == (1, 3)
     assert len(found(table)) == 1
+
+
+@pytest.mark.parametrize("threshold", [None, 0.02, 0.97])
+@pytest.mark.parametrize("wanted", [(), ("en:no",)])
+def test_looking_at_candidates_alone_finds_the_same(wanted: tuple[str, ...], threshold: float | None) -> None:
+    rng = np.random.default_rng(7)
+    least = thresholds_of(INFO) if threshold is None else threshold
+    allowed = allowed_labels(INFO, wanted)
+    events = passed_over = 0
+    for _ in range(300):
+        table = logits(float(rng.uniform(0.04, 3.0)))
+        # From far below every threshold to far above, so that many are near it.
+        table[:, 1:] += rng.normal(0, 1, table[:, 1:].shape) + rng.uniform(-4, 14, (1, 3))
+        everything = detect(weigh(table, INFO), INFO, len(table) * HOP_S, allowed, least)
+        likely = candidates(table, least_log_odds(INFO, allowed, least))
+        assert detect(weigh(table, INFO, likely), INFO, len(table) * HOP_S, allowed, least) == everything
+        events, passed_over = events + len(everything), passed_over + int((allowed & ~likely).sum())
+    assert events > 20
+    assert passed_over > 20
+
+
+def test_background_holds_no_candidate() -> None:
+    least = least_log_odds(INFO, allowed_labels(INFO, ()), thresholds_of(INFO))
+    assert not candidates(logits(1.0), least).any()
+    # The greatest odds that a window of so many frames may have without a score at the threshold, and a little more.
+    frames = 2 * (round(INFO.window_s / HOP_S) // 2) + 1
+    table = logits(1.0)
+    table[:, 1] = -np.log(frames)
+    assert candidates(table, least).tolist() == [True, False, False]
+    table[:, 1] -= 0.1
+    assert not candidates(table, least).any()
