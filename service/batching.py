@@ -2,11 +2,12 @@
 
 A worker that is free takes the item whose turn it is at once, together with waiting items of its group and
 of similar size; what arrives while all workers are busy waits and is batched by the next free one. So an
-idle service adds no delay and a busy one fills its batches by itself.
+idle service adds no delay, but to items that are said to wait a moment for others (`gather_s`), and a busy one
+fills its batches by itself.
 
-Where there are as many workers as cores, the last one to begin would take the event loop's core, and a batch of
-two there costs nearly as much as the two behind the batch that runs would add to the next. So workers may be on
-standby: these begin only what fills a batch or has waited a while.
+Where there are as many workers as cores, one of them runs on the event loop's: there a small batch costs more than
+the same items would have in the next one of another worker. So workers may be on standby: these begin when as much
+waits as fills a batch, or something has waited for STANDBY_S.
 
 Turns go by age, and an urgent item counts as older than it is: it goes before others that have waited a
 little longer, and nothing waits for ever.
@@ -46,7 +47,7 @@ Clock = Callable[[], float]
 WIDEST_RATIO = 1.5
 # Weight of the newest call in the running estimate of seconds of work for each unit of size.
 SPEED_MEMORY = 0.1
-# How long an item waits at most until a worker on standby takes it. About a call of a full batch of short clips.
+# How long an item waits until a worker on standby takes it. About a call of a full batch of short clips.
 STANDBY_S = 0.010
 # How often a worker that stopped or hangs is noticed.
 SUPERVISION_S = 0.5
@@ -89,8 +90,8 @@ class _Worker(Generic[Item, Result]):
 
 
 class Batcher(Generic[Item, Result]):
-    """`call` maps items of one group to as many results, in order; it runs in `workers` threads at once, with only
-    full batches and what has waited for the last `standby` of them."""
+    """`call` maps items of one group to as many results, in order; it runs in `workers` threads at once, the last
+    `standby` of which begin late."""
 
     def __init__(
         self,
@@ -162,7 +163,8 @@ class Batcher(Generic[Item, Result]):
             bisect.insort(self._waiting, entry, key=lambda other: other.turn)
             self._waiting_size += size
             self._report_queue()
-            if self._due() < self._looks_at:
+            due = self._due()
+            if due < self._looks_at or due <= now:
                 self._wake.notify()
         try:
             return await entry.future
@@ -287,6 +289,9 @@ class Batcher(Generic[Item, Result]):
         # A burst is shared out among the workers that have nothing to do, this one included.
         free = self._ready_workers - sum(bool(worker.batch) for worker in self._workers)
         most = min(self._limits.max_batch, -(-len(standing) // max(1, free)))
+        if standing and standing[0].gather_s:
+            # It has waited in order to share its call.
+            most = self._limits.max_batch
         if standing:
             smallest = largest = standing[0].size
             for entry in standing:

@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 from model_store import KeywordInfo
 
-# exp(30) in a sum of thousands is exact enough in float64, and beyond it the score is 1 anyway.
-LARGEST_LOG_ODDS = 30.0
+# Beyond it a score is 1 to eight places, and the sums over what follows thousands of such frames still are to four.
+LARGEST_LOG_ODDS = 20.0
 # A detection lasts while its keyword is at least as likely as background; one whose peak barely is,
 # while the odds keep this share of their peak.
 EDGE_ODDS = 1.0
@@ -57,7 +57,8 @@ class Ranked:
 
 
 def weigh(logits: Array, info: KeywordInfo, only: npt.NDArray[np.bool_] | None = None) -> Evidence:
-    """Of logits [T, 1 + K]; frame t's window is centred on it. With `only`, a mask [K], all other keywords' are 0."""
+    """Of logits [T, 1 + K]; frame t's window is centred on it. With `only`, a mask [K], the scores of all
+    others are 0."""
     odds = _odds(logits)
     every = odds.sum(axis=1, keepdims=True)
     own = odds if only is None else odds[:, only]
@@ -99,7 +100,9 @@ def least_log_odds(info: KeywordInfo, allowed: npt.NDArray[np.bool_], threshold:
 def candidates(logits: Array, least: Scores) -> npt.NDArray[np.bool_]:
     """Mask [K] of what `detect` could find in logits [T, 1 + K], by `least_log_odds`: most of what a microphone hears
     holds no keyword, and never more than a few."""
-    return np.asarray((logits[:, 1:] - logits[:, :1]).max(axis=0) >= least)
+    # So that NaN, which is no evidence against anything, is looked at.
+    most: Scores = (logits[:, 1:] - logits[:, :1]).max(axis=0, initial=-np.inf)
+    return np.logical_not(most < least)
 
 
 def rank(scores: Scores, info: KeywordInfo, top_k: int, allowed: npt.NDArray[np.bool_]) -> list[Ranked]:

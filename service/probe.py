@@ -56,6 +56,11 @@ def choose_threads(graph: bytes, cpus: int) -> Threads:
     return Threads(callers, intra_op, rates)
 
 
+def standby(callers: int, intra_op: int, cpus: int) -> int:
+    """How many of the callers would leave the event loop no core to itself; never all of them."""
+    return max(0, min(callers - 1, callers - (cpus - 1) // intra_op))
+
+
 def calls_per_s(session: Session, feeds: Feeds, callers: int, seconds: float) -> float:
     """What a session does for so many threads that call it without pause."""
     begin = time.perf_counter()

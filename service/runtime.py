@@ -17,7 +17,7 @@ import numpy.typing as npt
 from model_store import Bundle, LocalStore, StoreError
 from model_store.graph import part_of
 from model_store.inference import is_available
-from model_store.streaming import Chunk, Progress, StreamingGraph
+from model_store.streaming import ENDLESS, Chunk, Progress, StreamingGraph
 from service import audio
 from service.auth import Authenticator
 from service.batching import Batcher
@@ -31,7 +31,7 @@ from service.errors import (
 from service.intake import Clip
 from service.metrics import Metrics
 from service.models import Models
-from service.probe import choose_threads
+from service.probe import choose_threads, standby
 from service.queueing import (
     AbandonedError,
     CallFailedError,
@@ -138,8 +138,7 @@ class Runtime:
         self.batcher: Batcher[Job | Step, Outputs | Advanced] = Batcher(
             _run_batch,
             workers=callers,
-            # The event loop needs a core as well.
-            standby=1 if callers >= cpus > 1 else 0,
+            standby=standby(callers, self.intra_op_threads, cpus) if settings.provider == "cpu" else 0,
             limits=Limits(
                 settings.max_batch, settings.max_batch_audio_s, settings.max_queued_audio_s, settings.call_timeout_s
             ),
@@ -243,7 +242,9 @@ class Runtime:
         # Chunks of one length share a call.
         group = (engine.bundle.digest, STREAM, len(chunk.samples))
         step, size = Step(engine.streaming, chunk), len(chunk.samples) / audio.SAMPLE_RATE_HZ
-        found = await self._submit(step, size, group, clock, deadline, priority, STREAM_GATHER_S)
+        # What is behind, or ends a stream, has nobody in step with it.
+        in_step = priority is Priority.STREAM and chunk.length == ENDLESS
+        found = await self._submit(step, size, group, clock, deadline, priority, STREAM_GATHER_S if in_step else 0.0)
         assert isinstance(found, tuple)
         return found
 

@@ -96,6 +96,35 @@ def test_items_that_gather_wait_for_others_and_for_no_longer() -> None:
     assert asyncio.run(asyncio.wait_for(main(), 20)) == [[1.0, 1.1, 1.2], [1.3, 1.4], [1.5, 1.6]]
 
 
+def test_items_that_gathered_are_not_shared_out() -> None:
+    async def main() -> list[int]:
+        gate = Gate()
+        gate.open.set()
+        with batcher(gate, workers=4, standby=1, max_batch=8) as (made, _):
+            for count in (8, 6):
+                # As the last one fills the batch, or waits no longer.
+                tasks = [submit(made, 1.0, gather_s=60.0) for _ in range(count - 1)]
+                await asyncio.gather(*tasks, submit(made, 1.0, gather_s=0.0 if count == 8 else 0.05))
+        return [len(call) for call in gate.calls]
+
+    assert asyncio.run(asyncio.wait_for(main(), 20)) == [8, 6]
+
+
+def test_items_of_two_groups_that_are_due_at_once_find_two_workers() -> None:
+    async def main() -> list[list[float]]:
+        gate = Gate()
+        with batcher(gate, workers=2) as (made, _):
+            tasks = [submit(made, 1.0, group="one", gather_s=0.05), submit(made, 1.1, group="other", gather_s=0.05)]
+            # Neither call returns before both have begun.
+            await entered(gate)
+            await entered(gate)
+            gate.open.set()
+            await asyncio.gather(*tasks)
+        return sorted(gate.calls)
+
+    assert asyncio.run(main()) == [[1.0], [1.1]]
+
+
 def test_many_items_find_workers_on_standby_awake() -> None:
     async def main() -> list[float]:
         with batcher(lambda items: [item * 10 for item in items], workers=3, standby=1) as (made, _):

@@ -7,6 +7,7 @@ import pytest
 
 from model_store import Keyword, KeywordInfo
 from service.keywords import (
+    LARGEST_LOG_ODDS,
     Detection,
     allowed_labels,
     candidates,
@@ -49,6 +50,19 @@ def test_a_score_is_the_probability_of_one_word_in_the_window() -> None:
     table = logits(0.4, (1, 0.2, 0.24, 1.0))
     odds = np.exp(table[:, 1:].astype(float)).sum(axis=0)
     assert weigh(table, INFO).scores[5] == pytest.approx(odds / (1 + odds.sum()))
+
+
+@pytest.mark.parametrize("highest", [3.0, 30.0])
+def test_scores_are_those_of_each_window_by_itself(highest: float) -> None:
+    """Also after a word that nothing could be surer of."""
+    rng = np.random.default_rng(3)
+    table = logits(30.0, (1, 2.0, 12.0, highest), (2, 20.0, 20.4, -1.0))
+    table[:, 1:] += rng.normal(0, 0.1, table[:, 1:].shape)
+    odds = np.exp(np.minimum(table[:, 1:].astype(float), LARGEST_LOG_ODDS))
+    half = round(INFO.window_s / HOP_S) // 2
+    for frame, score in enumerate(weigh(table, INFO).scores):
+        inside = odds[max(0, frame - half) : frame + half + 1].sum(axis=0)
+        assert score == pytest.approx(inside / (1 + inside.sum()), abs=1e-4)
 
 
 def test_background_scores_low() -> None:
@@ -158,3 +172,10 @@ def test_background_holds_no_candidate() -> None:
     assert candidates(table, least).tolist() == [True, False, False]
     table[:, 1] -= 0.1
     assert not candidates(table, least).any()
+
+
+def test_what_is_no_number_is_looked_at() -> None:
+    table = logits(1.0)
+    table[3, 2] = np.nan
+    least = least_log_odds(INFO, allowed_labels(INFO, ()), thresholds_of(INFO))
+    assert candidates(table, least).tolist() == [False, True, False]

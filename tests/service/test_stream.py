@@ -201,6 +201,18 @@ def test_an_idle_stream_is_ended(tmp_path: Path, started: list[RunningService]) 
     assert (last["code"], connection.close_code) == ("stream_idle", 1008)
 
 
+def test_a_stream_with_a_sign_of_life_now_and_then_is_not_idle(tmp_path: Path, started: list[RunningService]) -> None:
+    service = start_service(tmp_path, stream_idle_s="1.5")
+    started.append(service)
+    with connect(url(service)) as connection:
+        for _ in range(6):
+            time.sleep(0.5)
+            connection.send('{"type": "ping"}')
+        connection.send('{"type": "end"}')
+        said = listen(connection)
+    assert [message["type"] for message in said] == ["ready", *["pong"] * 6, "end"]
+
+
 def test_a_stream_is_read_no_faster_than_people_speak(service: RunningService) -> None:
     """Ten seconds may come at once; what is more waits for the clock."""
     begin = time.monotonic()
