@@ -194,6 +194,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "edge-taught": Recipe,
     "edge-again": Recipe,
     "edge-ahead": Recipe,
+    "edge-nearer": Recipe,
     "micro": Recipe,
     "teacher": PretrainRecipe,
     "teacher-base": PretrainRecipe,
