@@ -23,7 +23,6 @@ from training.augment import Augmenter, AugmentRecipe, change_speed
 from training.bounds import NotNegative, Positive, Probability
 from training.manifest import Clip, Data
 from training.students.edge import FRAME_HOP
-from training.voices import WIDTH as VOICE_WIDTH
 from training.voices import Voices
 
 NO_SPEAKER = -1
@@ -41,7 +40,7 @@ class Batch:
     speaker: torch.Tensor  # [B] int64, NO_SPEAKER where unknown
     hint: torch.Tensor | None = None  # [B, T, D] float32, a teacher's vectors at the student's frames
     hinted: torch.Tensor | None = None  # [B, T] bool, False where the teacher said nothing
-    voice: torch.Tensor | None = None  # [B, 256] float32, a speaker teacher's vectors; zeros for none
+    voice: torch.Tensor | None = None  # [B, D] float32, speaker teachers' vectors; zeros for none
     clean: torch.Tensor | None = None  # [B, N] float32, the crops before they were corrupted
     unlabelled: torch.Tensor | None = None  # [B, M] float32, other audio for a teacher and its student
     unlabelled_lengths: torch.Tensor | None = None  # [B] int64
@@ -196,11 +195,9 @@ class BatchSource(Dataset[Batch]):
         return vectors, known & (centres < crop.length)
 
     def _voice(self, crop: _Crop, clip: Clip | None) -> npt.NDArray[np.float32]:
-        """At another speed the voice is another person's, whom the teacher never heard."""
+        """At another speed the voice is another person's, whom the teacher may not have heard."""
         assert self._voices is not None
-        if clip is None or crop.speed != 1.0:
-            return np.zeros(VOICE_WIDTH, dtype=np.float32)
-        return self._voices.of(clip.path)
+        return self._voices.none() if clip is None else self._voices.of(clip.path, crop.speed)
 
     def _crop(self, index: int, speed: float, size: int, rng: np.random.Generator) -> _Crop:
         """At the given speed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -20,6 +21,8 @@ from training.students.edge import EdgeShape
 from training.synthesis import SynthesisRecipe
 
 RecipeT = TypeVar("RecipeT", bound=BaseModel)
+# NAME@VERSION
+REFERENCE = r"^[a-z0-9][a-z0-9-]{0,62}@[1-9][0-9]{0,5}$"
 # Where audio lies.
 NOT_DECIDED = {"data", "shar"}
 
@@ -118,13 +121,17 @@ class VoicesRecipe(_Strict):
     """Resemblyzer as a teacher of the speaker embedding (see `training/voices.py`)."""
 
     python: Path = Path(".venv-peers/bin/python")
+    # A bundle of the built-in store that teaches beside it, as much.
+    bundle: str | None = Field(default=None, pattern=REFERENCE)
+    # Whether they hear each recording at every speed of `augment`, and not only as it was recorded.
+    all_speeds: bool = False
     weight: Positive = 1.0
 
 
 class SoftTargetsRecipe(_Strict):
     """A bundle of the built-in store as a teacher of keywords (see `training/objectives/soft_targets.py`)."""
 
-    bundle: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}@[1-9][0-9]{0,5}$")
+    bundle: str = Field(pattern=REFERENCE)
     weight: Positive = 1.0
     temperature: Positive = 1.0
 
@@ -150,6 +157,8 @@ class Recipe(_Strict):
     # The share of those weights in the final ones: between both, new people are often told apart best (WiSE-FT,
     # Wortsman et al. 2022).
     before_share: float = Field(default=0.0, ge=0, lt=1)
+    # What learns, where not all does: of the speaker branch alone, keywords stay bit for bit what came first.
+    only: Literal["speakers"] | None = None
     # For the order of clips and what befalls them; the people set aside are the seed's. Default: the seed.
     draws: int | None = None
     hints: HintsRecipe | None = None
@@ -161,13 +170,24 @@ class Recipe(_Strict):
         if self.init is not None and self.after is not None:
             raise ValueError("init and after cannot both be given")
         first = self.after
-        if first is not None and (first.seed, first.data, first.shape) != (self.seed, self.data, self.shape):
+        if first is not None and (first.seed, first.data) != (self.seed, self.data):
             # Another seed or fraction sets other speakers aside: calibration would meet people it was trained on.
             raise ValueError("what comes first needs the same seed, data and shape")
+        if first is not None and first.shape != self.shape:
+            # A speaker branch that learns alone may part earlier.
+            if self.only is None or replace(self.shape, speaker_from=first.shape.speaker_from) != first.shape:
+                raise ValueError("what comes first needs the same seed, data and shape")
+            if self.before_share:
+                raise ValueError("before_share is a share of what comes first, which has another shape")
         if first is None and self.before_share:
             raise ValueError("before_share is a share of what comes first, and nothing does")
         if self.voices is not None and not self.shape.tells_speakers:
             raise ValueError("voices teach a speaker branch, and speaker_dim is 0")
+        if self.only == "speakers":
+            if first is None or not self.shape.tells_speakers:
+                raise ValueError("only speakers can learn where something comes first that tells them apart (after)")
+            if self.hints is not None or self.soft_targets is not None:
+                raise ValueError("hints and soft_targets teach keywords, and only speakers learn")
         return self
 
     @property

@@ -35,7 +35,7 @@ from training.objectives.soft_targets import SoftTargets, soft_loss, teaching_bu
 from training.objectives.speaker import AamSoftmax
 from training.objectives.spotting import clip_loss, event_log_odds, frame_loss
 from training.progress import training_progress
-from training.recipe import Recipe
+from training.recipe import Recipe, VoicesRecipe
 from training.rooms import with_rooms
 from training.spectral import SpectralAugment
 from training.students.edge import FRAME_HOP, Edge
@@ -61,14 +61,14 @@ class Prepared:
 class TrainingHeads(nn.Module):
     """What learns beside the student and is left behind: speakers' centres, predictions of teachers' vectors."""
 
-    def __init__(self, recipe: Recipe, speakers: int) -> None:
+    def __init__(self, recipe: Recipe, speakers: int, voices: Voices | None) -> None:
         super().__init__()
         shape = recipe.shape
         self.angular = (
             AamSoftmax(shape.speaker_dim, speakers, recipe.loss.speaker_scale) if shape.tells_speakers else None
         )
         self.hint = HintHead(recipe.shape.task_width) if recipe.hints is not None else None
-        self.voice = VoiceHead(recipe.shape.speaker_dim) if recipe.voices is not None else None
+        self.voice = VoiceHead(shape.speaker_dim, voices.widths) if voices is not None else None
 
 
 def prepare(recipe: Recipe, cache_folder: Path) -> Prepared:
@@ -103,7 +103,7 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int |
         teacher = SpeechEmbedding(recipe.hints.teacher, threads=torch.get_num_threads())
         hints = HintCache.build(cache_folder, teacher, clips, prepared.cache)
     if recipe.voices is not None:
-        voices = Voices.build(cache_folder, clips, recipe.voices.python)
+        voices = _voices(recipe, recipe.voices, clips, prepared.cache, cache_folder)
     source = BatchSource(
         prepared.heard,
         prepared.training,
@@ -126,7 +126,7 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int |
         begin_with(student, recipe.init)
     # Channels last is what the CPU's bfloat16 kernels want; it changes speed, not results' meaning.
     student = student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
-    heads = TrainingHeads(recipe, max(1, source.speaker_classes))
+    heads = TrainingHeads(recipe, max(1, source.speaker_classes), voices)
     if recipe.after is not None:
         go_on_from(folder / "before", student, heads)
     optimizer = _optimizer(recipe, [student, heads])
@@ -164,12 +164,23 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int |
     return folder
 
 
+def _voices(recipe: Recipe, wanted: VoicesRecipe, clips: list[Path], audio: AudioCache, folder: Path) -> Voices:
+    """What the speaker teachers say about the clips. Raises TeacherError."""
+    speeds = recipe.augment.speeds if wanted.all_speeds else (1.0,)
+    voices = Voices.build(folder, clips, wanted.python, speeds)
+    if wanted.bundle is None:
+        return voices
+    return voices.beside(Voices.of_bundle(folder, clips, wanted.bundle, audio, speeds))
+
+
 def check_teachers(recipe: Recipe) -> None:
     """An hour of the stages before is not to pass before a teacher is missed. Raises TeacherError."""
     if recipe.hints is not None:
         SpeechEmbedding(recipe.hints.teacher)
     if recipe.voices is not None:
         check_beside(recipe.voices.python, TeacherError)
+        if recipe.voices.bundle is not None:
+            teaching_bundle(recipe.voices.bundle)
     if recipe.soft_targets is not None:
         teaching_bundle(recipe.soft_targets.bundle)
 
@@ -192,9 +203,13 @@ def begin_with(student: Edge, weights: Path) -> None:
 
 
 def go_on_from(before: Path, student: Edge, heads: TrainingHeads) -> None:
-    """Take over the averaged weights of a finished run with the same data and shape, and those of its heads that
-    are here as well."""
-    student.load_state_dict(load_student(before)[0].state_dict())
+    """Take over the averaged weights of a finished run with the same data, and those of its heads that are here as
+    well. Early layers that only this student's speaker branch has begin as copies."""
+    first = load_student(before)[0].state_dict()
+    first |= {f"speaker_{name}": value for name, value in first.items() if name.startswith(("stem.", "early."))}
+    weights = student.state_dict()
+    fitting = {name: value for name, value in first.items() if name in weights and value.shape == weights[name].shape}
+    student.load_state_dict(weights | fitting)
     own = heads.state_dict()
     given = torch.load(before / "last.pt", weights_only=True)["heads"]
     # With other speeds there are other speakers.
@@ -237,20 +252,26 @@ def _step(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(recipe, step)
     student.train()
+    if recipe.only == "speakers":
+        student.hold_keywords()
     weights = recipe.loss
     spectral = SpectralAugment(recipe.spectral, len(batch.lengths), torch.default_generator)
     with torch.autocast("cpu", torch.bfloat16, enabled=recipe.schedule.precision == "bfloat16"):
         shared = weights.shared_gradient if step >= weights.shared_gradient_from_step else 1.0
         out = student(batch.waveform, batch.lengths, spectral, shared_gradient=shared)
-    clip = clip_loss(out.keyword_logits, out.mask, batch.keyword, batch.possible, weights.label_smoothing)
-    frame = frame_loss(out.keyword_logits, out.mask, batch.keyword, batch.word_s, batch.possible, FRAME_HOP_S)
     known = (batch.speaker != NO_SPEAKER) & ~spectral.warped
-    total = weights.clip * clip + weights.frame * frame
-    terms = {"clip": clip, "frame": frame}
+    total = out.speaker_embedding.sum() * 0.0
+    terms = {}
+    if recipe.only is None:
+        terms["clip"] = clip_loss(out.keyword_logits, out.mask, batch.keyword, batch.possible, weights.label_smoothing)
+        terms["frame"] = frame_loss(
+            out.keyword_logits, out.mask, batch.keyword, batch.word_s, batch.possible, FRAME_HOP_S
+        )
+        total = total + weights.clip * terms["clip"] + weights.frame * terms["frame"]
     if heads.angular is not None:
         margin = weights.speaker_margin * min(1.0, step / max(1, weights.margin_warmup_steps))
         voices = out.speaker_embedding[known]
-        terms["speaker"] = heads.angular(voices, batch.speaker[known], margin) if known.any() else clip * 0
+        terms["speaker"] = heads.angular(voices, batch.speaker[known], margin) if known.any() else voices.sum() * 0.0
         total = total + weights.speaker * terms["speaker"]
     if heads.hint is not None and recipe.hints is not None and batch.hint is not None and batch.hinted is not None:
         spoken = out.frames[..., : recipe.shape.task_width]
@@ -322,6 +343,7 @@ def _write_run_file(recipe: Recipe, folder: Path, prepared: Prepared, source: Ba
         "init": hashlib.sha256(recipe.init.read_bytes()).hexdigest() if recipe.init else None,
         "before": hashlib.sha256((folder / "before/student.pt").read_bytes()).hexdigest() if recipe.after else None,
         "soft_targets": teaching_bundle(recipe.soft_targets.bundle).digest if recipe.soft_targets else None,
+        "voices": teaching_bundle(recipe.voices.bundle).digest if recipe.voices and recipe.voices.bundle else None,
         "training_clips": len(prepared.training),
         "speakers": len(source.speakers),
         "parameters": sum(parameter.numel() for parameter in student.parameters()),

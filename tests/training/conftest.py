@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from model_store import Manifest
+from model_store import LocalStore, Manifest
 from tests.training.chain import Chain, distil_recipe, pretrain_recipe
 from tests.training.made_data import tiny_recipe, write_data
 from training import run as run_module
 from training.distil import distil
 from training.export import export
+from training.objectives import soft_targets
 from training.pretrain import pretrain
 from training.recipe import Recipe
 
@@ -104,3 +105,12 @@ def tiny_run(request: pytest.FixtureRequest) -> TinyRun:
     """The tiny run on made-up voices and, where they are, on real recordings."""
     run: TinyRun = request.getfixturevalue(f"{request.param}_run")
     return run
+
+
+@pytest.fixture
+def reference(made_draft: tuple[Path, Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The tiny bundle in a store that stands for the built-in one."""
+    folder, manifest = made_draft
+    LocalStore(tmp_path).publish(manifest, {name: (folder / name).read_bytes() for name in manifest.files})
+    monkeypatch.setattr(soft_targets, "builtin_store_path", lambda: tmp_path)
+    return "tiny@1"

@@ -13,15 +13,16 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from tests.training.conftest import train_tiny
+from tests.training.conftest import TinyRun, train_tiny
 from tests.training.made_data import tiny_recipe
 from training.audio_cache import AudioCache
-from training.augment import AugmentRecipe
+from training.augment import AugmentRecipe, change_speed
 from training.batches import BatchSource, SamplingRecipe
 from training.errors import TeacherError
 from training.hints import STRIDE, WIDTH, HintCache, HintHead, SpeechEmbedding
 from training.manifest import labels_of, read_data
 from training.recipe import Recipe
+from training.run import load_student
 from training.voices import WIDTH as VOICE_WIDTH
 from training.voices import VoiceHead, Voices
 
@@ -155,9 +156,9 @@ def test_a_frame_gets_the_hint_of_what_is_heard_there(made_data: Path, tmp_path:
 
 
 def fake_python(folder: Path, code: str) -> Path:
-    """Runs `code` instead of the script that it is given; `paths` and `out` are the script's arguments."""
+    """Runs `code` instead of the script that it is given; `jobs` and `out` are the script's arguments."""
     path = folder / "python"
-    body = f"import json, sys, numpy as np; paths = json.load(open(sys.argv[1])); out = sys.argv[2]; {code}"
+    body = f"import json, sys, numpy as np; jobs = json.load(open(sys.argv[1])); out = sys.argv[2]; {code}"
     path.write_text(f"#!/bin/sh\nshift\nexec {sys.executable} -c '{body}' \"$@\"\n")
     path.chmod(0o755)
     return path
@@ -165,12 +166,66 @@ def fake_python(folder: Path, code: str) -> Path:
 
 def test_voices_are_computed_once_and_belong_to_their_recordings(made_data: Path, tmp_path: Path) -> None:
     paths = [clip.path for clip in read_data(made_data).split("train")][:5]
-    code = "np.save(out, np.arange(len(paths))[:, None] + np.zeros((1, 256)))"
+    code = "np.save(out, np.arange(len(jobs))[:, None] + np.zeros((1, 256)))"
     voices = Voices.build(tmp_path, paths, fake_python(tmp_path, code))
     assert voices.of(paths[3]).tolist() == [3.0] * VOICE_WIDTH
     assert not voices.of(tmp_path / "another.wav").any()
     again = Voices.build(tmp_path, paths, tmp_path / "no-python-needed")
     assert again.of(paths[4])[0] == 4.0
+    assert not again.of(paths[4], 1.1).any()
+
+
+def test_voices_at_other_speeds_are_other_voices(made_data: Path, tmp_path: Path) -> None:
+    """They reach the crops that are played at that speed."""
+    clips = [clip for clip in read_data(made_data).split("train") if clip.keyword][:5]
+    code = "np.save(out, np.array([[speed] * 256 for path, speed in jobs]))"
+    speeds = (0.9, 1.0, 1.1)
+    voices = Voices.build(tmp_path, [clip.path for clip in clips], fake_python(tmp_path, code), speeds)
+    source = BatchSource(
+        read_data(made_data), clips, AudioCache.build(tmp_path, [clip.path for clip in clips]), labels_of(clips),
+        batch_size=30, seed=3, voices=voices, sampling=SamplingRecipe(p_noise_only=0.0),
+        augment=AugmentRecipe(p_noise=0, p_room=0, speeds=speeds),
+    )  # fmt: skip
+    batch = source[0]
+    assert batch.voice is not None
+    of_speaker = {0: np.float32(0.9), 1: np.float32(1.0), 2: np.float32(1.1)}
+    wanted = [of_speaker[index % 3] for index in batch.speaker.tolist()]
+    assert len(set(wanted)) == 3
+    assert batch.voice[:, 0].tolist() == wanted
+
+
+def test_a_bundle_s_voices_are_its_speaker_embeddings(
+    reference: str, made_run: TinyRun, made_data: Path, tmp_path: Path
+) -> None:
+    paths = [clip.path for clip in read_data(made_data).split("train")][:4]
+    audio = AudioCache.build(tmp_path, paths)
+    voices = Voices.of_bundle(tmp_path, paths, reference, audio, (1.0, 1.1))
+    student, _ = load_student(made_run.folder)
+    for speed in (1.0, 1.1):
+        waveform = torch.from_numpy(change_speed(audio.read(paths[2]), speed))[None]
+        with torch.no_grad():
+            own = student(waveform, torch.tensor([waveform.shape[1]])).speaker_embedding[0]
+        torch.testing.assert_close(torch.from_numpy(voices.of(paths[2], speed)), own, rtol=0, atol=1e-4)
+    with pytest.raises(TeacherError, match="tiny@9"):
+        Voices.of_bundle(tmp_path, paths, "tiny@9", audio)
+
+
+def test_two_teachers_vectors_lie_side_by_side_and_count_the_same(tmp_path: Path) -> None:
+    jobs = [(tmp_path / "a.wav", 1.0), (tmp_path / "b.wav", 1.0)]
+    first = Voices(np.eye(2, dtype=np.float32), jobs, [2])
+    second = Voices(np.eye(3, dtype=np.float32)[:2], jobs, [3])
+    both = first.beside(second)
+    assert both.of(jobs[1][0]).tolist() == [0.0, 1.0, 0.0, 1.0, 0.0]
+    head = VoiceHead(5, both.widths)
+    with torch.no_grad():
+        head.predict.weight.copy_(torch.eye(5))
+        head.predict.bias.zero_()
+    # The first teacher is matched whole, the second is at right angles.
+    told = torch.tensor([[0.0, 1.0, 1.0, 0.0, 0.0]])
+    voice = torch.from_numpy(both.of(jobs[1][0]))[None]
+    assert head.loss(told, voice, torch.tensor([True])).item() == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="other recordings"):
+        first.beside(Voices(np.eye(2, dtype=np.float32), jobs[::-1], [2]))
 
 
 @pytest.mark.parametrize(
@@ -216,7 +271,7 @@ def test_the_hint_loss_looks_at_known_frames_only() -> None:
 
 
 def test_a_student_learns_from_both_and_keeps_neither_head(graphs: Path, made_data: Path, tmp_path: Path) -> None:
-    code = "np.save(out, np.random.default_rng(0).standard_normal((len(paths), 256)))"
+    code = "np.save(out, np.random.default_rng(0).standard_normal((len(jobs), 256)))"
     plain = tiny_recipe(made_data).model_dump(mode="json")
     recipe = Recipe.model_validate(
         {**plain, "hints": {"teacher": graphs}, "voices": {"python": fake_python(tmp_path, code)}}

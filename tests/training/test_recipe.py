@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from model_store import LocalStore, builtin_store_path
 from tests.conftest import REPOSITORY
@@ -163,6 +163,19 @@ def test_mistakes_in_what_comes_first_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "something comes first"),
+        ({"after": LEAST, "hints": {}}, "teach keywords"),
+        ({"after": LEAST, "soft_targets": {"bundle": "sotto-edge@3"}}, "teach keywords"),
+    ],
+)
+def test_only_speakers_can_learn_where_words_are_known(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Recipe.model_validate({**LEAST, "only": "speakers", **changes})
+
+
+@pytest.mark.parametrize(
     ("path", "value"), [("seed", 5), ("data.calibration_fraction", 0.2), ("shape.task_width", 128)]
 )
 def test_what_comes_first_sets_the_same_people_aside(tmp_path: Path, path: str, value: object) -> None:
@@ -195,6 +208,8 @@ KINDS: dict[str, type[BaseModel]] = {
     "edge-again": Recipe,
     "edge-ahead": Recipe,
     "edge-nearer": Recipe,
+    "edge-told": Recipe,
+    "edge-apart": Recipe,
     "micro": Recipe,
     "teacher": PretrainRecipe,
     "teacher-base": PretrainRecipe,

@@ -237,6 +237,18 @@ def test_what_a_recipe_comes_after_is_trained_first(made_data: Path, tmp_path: P
     assert any(not torch.equal(before.state_dict()[name], value) for name, value in after.state_dict().items())
 
 
+def test_where_only_speakers_learn_keywords_stay_bit_for_bit(made_run: TinyRun, tmp_path: Path) -> None:
+    changes = {"after": made_run.recipe, "only": "speakers", "before_share": 0.25}
+    shutil.copytree(made_run.folder, tmp_path / "run/before")
+    train(made_run.recipe.model_copy(update=changes), tmp_path / "run", made_run.cache)
+    before, after = (load_student(folder)[0].state_dict() for folder in (made_run.folder, tmp_path / "run"))
+    branch = ("to_speaker.", "speaker.", "pool.", "speaker_head.")
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all(name.startswith(branch) for name in changed)
+    assert {name for name in after if name.startswith(branch) and after[name].ndim > 1} <= changed
+
+
 @pytest.mark.parametrize(
     "teacher", [{"hints": {"weight": 1.0, "teacher": "none"}}, {"voices": {"weight": 1.0, "python": "none"}}]
 )

@@ -8,25 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from model_store import LocalStore, Manifest
 from tests.training.conftest import TinyRun, train_tiny
 from tests.training.made_data import tiny_recipe
 from training import run as run_module
 from training.errors import TeacherError
-from training.objectives import soft_targets
 from training.objectives.soft_targets import SoftTargets, soft_loss
 from training.objectives.spotting import event_log_odds
 from training.recipe import Recipe
 from training.students.edge import FRAME_HOP
-
-
-@pytest.fixture
-def reference(made_draft: tuple[Path, Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The tiny bundle in a store that stands for the built-in one."""
-    folder, manifest = made_draft
-    LocalStore(tmp_path).publish(manifest, {name: (folder / name).read_bytes() for name in manifest.files})
-    monkeypatch.setattr(soft_targets, "builtin_store_path", lambda: tmp_path)
-    return "tiny@1"
 
 
 def test_the_teacher_says_of_a_batch_what_the_network_says_of_each_clip_in_the_order_asked_for(

@@ -6,7 +6,8 @@
 Convolutions are written in two dimensions with height 1: ONNX Runtime's blocked kernels exist only
 there, and halve the time of depthwise layers.
 
-With `speaker_dim: 0` the speaker branch is left out: keywords only.
+With `speaker_dim: 0` the speaker branch is left out: keywords only. `speaker_from` says where it parts: what
+the shared blocks keep, which learn words, is little of a voice.
 
 Nothing is normalised over time, and what lies past a clip's end is set to zero after every layer, just
 as a convolution pads. So a clip gives the same outputs alone and padded within a batch.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +52,9 @@ class EdgeShape:
     # has to wait for adds up over the blocks.
     ahead: int | None = None
     speaker_dim: CountOrZero = 192  # 0: no speaker branch
+    # Where the speaker branch parts: after the shared blocks, after the early ones, or at once, with a stem and early
+    # blocks of its own.
+    speaker_from: Literal["shared", "early", "features"] = "shared"
     dropout: Probability = 0.1
 
     def __post_init__(self) -> None:
@@ -181,7 +186,13 @@ class Edge(nn.Module):
         self.keyword = _blocks(shape.keyword_blocks, shape.task_width, shape.kernel, shape.ahead)
         # In this order, which decides what a seed begins with.
         if shape.tells_speakers:
-            self.to_speaker = Widen(shape.shared_width, shape.task_width)
+            if shape.speaker_from == "features":
+                self.speaker_stem = Stem(shape.mels, shape.stem_channels, shape.early_width)
+                self.speaker_early = _blocks(shape.early_blocks, shape.early_width, shape.early_kernel)
+            if shape.speaker_from == "shared":
+                self.to_speaker = Widen(shape.shared_width, shape.task_width)
+            else:
+                self.to_speaker = Widen(shape.early_width, shape.task_width, stride=2)
             self.speaker = _blocks(shape.speaker_blocks, shape.task_width, shape.kernel)
         self.dropout = nn.Dropout(shape.dropout)
         self.keyword_head = nn.Conv2d(shape.task_width, labels, 1)
@@ -194,6 +205,12 @@ class Edge(nn.Module):
             nn.BatchNorm1d(shape.speaker_dim),
         )
 
+    def hold_keywords(self) -> None:
+        """Take all but the speaker branch out of training, statistics of its norms included."""
+        held = (self.features, self.stem, self.early, self.down, self.shared)
+        for part in (*held, self.to_keyword, self.keyword, self.keyword_head):
+            part.eval().requires_grad_(False)
+
     def forward(
         self,
         waveform: Tensor,
@@ -205,7 +222,7 @@ class Edge(nn.Module):
         """Waveform [B, N] in [-1, 1], lengths [B] in samples; what lies past a length is ignored.
 
         `augment` is training's change of the log-mel features [B, mels, frames]. `shared_gradient` is how
-        much of the speaker branch's gradient reaches the shared layers; values are the same for any.
+        much of the speaker branch's gradient reaches the layers that it shares; values are the same for any.
         """
         samples = torch.arange(waveform.shape[1], device=waveform.device)
         heard = (samples[None, :] < lengths[:, None]).to(waveform.dtype)
@@ -222,6 +239,7 @@ class Edge(nn.Module):
         x = self.stem(features, early_mask)
         for block in self.early:
             x = block(x, early_mask)
+        early = x
         mask = flat_mask[:, None, None, :]
         x = self.down(x, mask)
         for block in self.shared:
@@ -231,9 +249,15 @@ class Edge(nn.Module):
             spoken = block(spoken, mask)
         logits = self.keyword_head(self.dropout(spoken))[:, :, 0].transpose(1, 2)
         if self.shape.tells_speakers:
-            if shared_gradient != 1.0:
-                x = x * shared_gradient + x.detach() * (1.0 - shared_gradient)
-            voiced = self.to_speaker(x, mask)
+            if self.shape.speaker_from == "features":
+                own = self.speaker_stem(features, early_mask)
+                for block in self.speaker_early:
+                    own = block(own, early_mask)
+            else:
+                own = x if self.shape.speaker_from == "shared" else early
+                if shared_gradient != 1.0:
+                    own = own * shared_gradient + own.detach() * (1.0 - shared_gradient)
+            voiced = self.to_speaker(own, mask)
             for block in self.speaker:
                 voiced = block(voiced, mask)
             speaker = unit(self.speaker_head(self.dropout(self.pool(voiced, mask))).float())
