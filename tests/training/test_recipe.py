@@ -175,6 +175,17 @@ def test_only_speakers_can_learn_where_words_are_known(changes: dict[str, Any], 
         Recipe.model_validate({**LEAST, "only": "speakers", **changes})
 
 
+def test_a_speaker_branch_that_learns_alone_may_part_earlier() -> None:
+    earlier = changed("shape.speaker_from", "early")
+    assert Recipe.model_validate({**earlier, "after": LEAST, "only": "speakers"}).shape.speaker_from == "early"
+    with pytest.raises(ValidationError, match="the same seed, data and shape"):
+        Recipe.model_validate({**earlier, "after": LEAST})
+    with pytest.raises(ValidationError, match="the same seed, data and shape"):
+        Recipe.model_validate({**changed("shape.task_width", 128), "after": LEAST, "only": "speakers"})
+    with pytest.raises(ValidationError, match="another shape"):
+        Recipe.model_validate({**earlier, "after": LEAST, "only": "speakers", "before_share": 0.3})
+
+
 @pytest.mark.parametrize(
     ("path", "value"), [("seed", 5), ("data.calibration_fraction", 0.2), ("shape.task_width", 128)]
 )

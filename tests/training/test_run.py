@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,29 @@ def test_where_only_speakers_learn_keywords_stay_bit_for_bit(made_run: TinyRun, 
     assert changed
     assert all(name.startswith(branch) for name in changed)
     assert {name for name in after if name.startswith(branch) and after[name].ndim > 1} <= changed
+
+
+@pytest.mark.parametrize("parts", ["early", "features"])
+def test_a_branch_that_parts_earlier_begins_with_copies_of_the_layers_it_left(
+    made_run: TinyRun, tmp_path: Path, parts: str
+) -> None:
+    schedule = {"steps": 1, "peak_learning_rate": 1e-9, "warmup_steps": 1, "average_decay": 0.0, "weight_decay": 0.0}
+    changes = {
+        "after": made_run.recipe,
+        "only": "speakers",
+        "shape": replace(made_run.recipe.shape, speaker_from=parts),
+        "schedule": made_run.recipe.schedule.model_copy(update=schedule),
+    }
+    shutil.copytree(made_run.folder, tmp_path / "run/before")
+    train(made_run.recipe.model_copy(update=changes), tmp_path / "run", made_run.cache)
+    before = load_student(made_run.folder)[0].state_dict()
+    student, run = load_student(tmp_path / "run")
+    assert run["recipe"]["shape"]["speaker_from"] == parts
+    learnt = {name: value for name, value in student.named_parameters() if not name.startswith("to_speaker.")}
+    for name, value in learnt.items():
+        stands_for = name.removeprefix("speaker_") if name.startswith(("speaker_stem.", "speaker_early.")) else name
+        assert torch.allclose(value, before[stands_for], atol=1e-5), name
+    assert any(name.startswith("speaker_stem.") for name in learnt) == (parts == "features")
 
 
 @pytest.mark.parametrize(

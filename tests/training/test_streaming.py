@@ -20,6 +20,7 @@ SHAPES = {
     "causal": {"ahead": 0},
     "odd": {"early_blocks": 1, "early_kernel": 3},
     "keywords alone": {"ahead": 1, "speaker_dim": 0},
+    "speakers from the features": {"ahead": 1, "speaker_from": "features"},
 }
 
 

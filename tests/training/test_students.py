@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -58,11 +60,11 @@ def test_default_network_has_under_two_million_parameters() -> None:
     assert count <= 2_000_000
 
 
-@pytest.fixture
-def network() -> Edge:
+@pytest.fixture(params=["shared", "early", "features"])
+def network(request: pytest.FixtureRequest) -> Edge:
     """Random weights, and batch norms as after training: no layer maps zero to zero by accident."""
     torch.manual_seed(3)
-    network = Edge(7, SMALL)
+    network = Edge(7, replace(SMALL, speaker_from=request.param))
     for layer in network.modules():
         if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
             layer.running_mean.uniform_(-0.5, 0.5)
@@ -138,3 +140,19 @@ def test_the_network_hears_changed_features(network: Edge) -> None:
     with torch.no_grad():
         out = network(clip[None], torch.tensor([16_000]), lambda features: -features)
     assert (out.keyword_logits - run(network, [clip]).keyword_logits).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("parts", "reached"),
+    [("shared", {"stem", "early", "down", "shared"}), ("early", {"stem", "early"}), ("features", set())],
+)
+def test_speakers_teach_the_layers_before_their_branch(
+    parts: Literal["shared", "early", "features"], reached: set[str]
+) -> None:
+    network = Edge(7, replace(SMALL, speaker_from=parts))
+    (waveform,) = noise(16_000)
+    out = network(waveform[None].repeat(2, 1), torch.tensor([16_000, 9_000]))
+    out.speaker_embedding[:, 0].sum().backward()
+    found = {name.split(".")[0] for name, value in network.named_parameters() if value.grad is not None}
+    own = {"to_speaker", "speaker", "pool", "speaker_head", *(["speaker_stem", "speaker_early"] if not reached else [])}
+    assert found == reached | own
