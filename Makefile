@@ -60,7 +60,7 @@ teachers: .teachers/installed
 
 .venv-peers/installed: Makefile
 	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 'setuptools<81' resemblyzer==0.1.4 pocketsphinx==5.0.4 soundfile
+	.venv-peers/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 'setuptools<81' resemblyzer==0.1.4 pocketsphinx==5.0.4 soundfile soxr
 	@touch $@
 
 .venv-bench/installed:

@@ -82,7 +82,11 @@ def rebuild(name: str, recipe: dict[str, Any], weights: str = "float32") -> list
         made = f"make train RECIPE=training/recipes/{own}.yaml"
     else:
         made = f".venv-dev/bin/sotto finetune training/recipes/{own}.yaml --init {recipe['init']} --run runs/{own}"
-    teachers = [target for target, part in (("teachers", "hints"), ("peers", "voices")) if recipe.get(part)]
+    stages = [recipe]
+    while before := stages[-1].get("after"):
+        stages.append(before)
+    needed = (("teachers", "hints"), ("peers", "voices"))
+    teachers = [target for target, part in needed if any(stage.get(part) for stage in stages)]
     return [
         *([f"make {' '.join(teachers)}"] if teachers else []),
         made,

@@ -17,7 +17,7 @@ from training.bounds import CountOrZero, NotNegative, Positive
 from training.errors import RecipeError
 from training.manifest import CALIBRATION_FOLD, Clip, Data, read_data
 from training.spectral import SpectralRecipe
-from training.students.edge import EdgeShape
+from training.students.edge import PARTINGS, EdgeShape
 from training.synthesis import SynthesisRecipe
 
 RecipeT = TypeVar("RecipeT", bound=BaseModel)
@@ -118,7 +118,7 @@ class HintsRecipe(_Strict):
 
 
 class VoicesRecipe(_Strict):
-    """Resemblyzer as a teacher of the speaker embedding (see `training/voices.py`)."""
+    """Resemblyzer, and perhaps a bundle, as teachers of the speaker embedding (see `training/voices.py`)."""
 
     python: Path = Path(".venv-peers/bin/python")
     # A bundle of the built-in store that teaches beside it, as much.
@@ -151,8 +151,8 @@ class Recipe(_Strict):
     loss: LossRecipe = LossRecipe()
     # A student that `sotto distil` taught (its edge.pt), to begin with; heads begin anew.
     init: Path | None = None
-    # What is trained first (into RUN/before), with the same seed, data and shape; this recipe goes on from its
-    # averaged weights. In a file, the path of that recipe.
+    # What is trained first (into RUN/before), with the same seed and data, and the same shape but for `speaker_from`
+    # where only speakers learn; this recipe goes on from its averaged weights. In a file, the path of that recipe.
     after: Recipe | None = None
     # The share of those weights in the final ones: between both, new people are often told apart best (WiSE-FT,
     # Wortsman et al. 2022).
@@ -172,11 +172,14 @@ class Recipe(_Strict):
         first = self.after
         if first is not None and (first.seed, first.data) != (self.seed, self.data):
             # Another seed or fraction sets other speakers aside: calibration would meet people it was trained on.
-            raise ValueError("what comes first needs the same seed, data and shape")
+            raise ValueError("what comes first needs the same seed and data")
         if first is not None and first.shape != self.shape:
-            # A speaker branch that learns alone may part earlier.
-            if self.only is None or replace(self.shape, speaker_from=first.shape.speaker_from) != first.shape:
-                raise ValueError("what comes first needs the same seed, data and shape")
+            parted = replace(first.shape, speaker_from=self.shape.speaker_from) == self.shape
+            earlier = PARTINGS.index(first.shape.speaker_from) < PARTINGS.index(self.shape.speaker_from)
+            if not (self.only == "speakers" and parted and earlier):
+                raise ValueError(
+                    "what comes first needs the same shape; only a branch that learns alone may part earlier"
+                )
             if self.before_share:
                 raise ValueError("before_share is a share of what comes first, which has another shape")
         if first is None and self.before_share:
@@ -188,6 +191,8 @@ class Recipe(_Strict):
                 raise ValueError("only speakers can learn where something comes first that tells them apart (after)")
             if self.hints is not None or self.soft_targets is not None:
                 raise ValueError("hints and soft_targets teach keywords, and only speakers learn")
+            if not self.loss.speaker and self.voices is None:
+                raise ValueError("only speakers learn, and neither loss.speaker nor voices teach them")
         return self
 
     @property

@@ -40,7 +40,7 @@ from training.rooms import with_rooms
 from training.spectral import SpectralAugment
 from training.students.edge import FRAME_HOP, Edge
 from training.synthesis import synthesize
-from training.voices import VoiceHead, Voices
+from training.voices import VoiceHead, Voices, speaking_bundle
 
 FRAME_HOP_S = FRAME_HOP / SAMPLE_RATE_HZ
 MONITOR_EVERY_CHECKPOINTS = 2
@@ -180,7 +180,7 @@ def check_teachers(recipe: Recipe) -> None:
     if recipe.voices is not None:
         check_beside(recipe.voices.python, TeacherError)
         if recipe.voices.bundle is not None:
-            teaching_bundle(recipe.voices.bundle)
+            speaking_bundle(recipe.voices.bundle)
     if recipe.soft_targets is not None:
         teaching_bundle(recipe.soft_targets.bundle)
 
@@ -203,12 +203,20 @@ def begin_with(student: Edge, weights: Path) -> None:
 
 
 def go_on_from(before: Path, student: Edge, heads: TrainingHeads) -> None:
-    """Take over the averaged weights of a finished run with the same data, and those of its heads that are here as
-    well. Early layers that only this student's speaker branch has begin as copies."""
+    """Take over the averaged weights of a finished run with the same data, and those of its heads that are here with
+    the same shape. Early layers that only this student's speaker branch has begin as copies, and what joins it to
+    other layers than before begins anew. Raises RunError where anything else does not fit."""
     first = load_student(before)[0].state_dict()
-    first |= {f"speaker_{name}": value for name, value in first.items() if name.startswith(("stem.", "early."))}
+    copies = {f"speaker_{name}": value for name, value in first.items() if name.startswith(("stem.", "early."))}
     weights = student.state_dict()
-    fitting = {name: value for name, value in first.items() if name in weights and value.shape == weights[name].shape}
+    fitting = {
+        name: value
+        for name, value in (copies | first).items()
+        if name in weights and value.shape == weights[name].shape
+    }
+    unlike = [name for name in weights if name not in fitting and not name.startswith("to_speaker.")]
+    if unlike:
+        raise RunError(f"{before} holds a student of another shape ({unlike[0]}, {len(unlike)} in all)")
     student.load_state_dict(weights | fitting)
     own = heads.state_dict()
     given = torch.load(before / "last.pt", weights_only=True)["heads"]
@@ -247,7 +255,7 @@ def _step(
     optimizer: torch.optim.Optimizer,
     soft: SoftTargets | None,
 ) -> dict[str, float]:
-    """One update of all parameters with all tasks' losses added; returns the terms."""
+    """One update of all that learns with its tasks' losses added; returns the terms."""
     torch.manual_seed(recipe.draws_seed * 1_000_003 + step)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(recipe, step)

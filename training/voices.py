@@ -8,6 +8,7 @@ computed once and kept.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model_store.graph import part_of
+from model_store import Bundle, SpeakerInfo
+from model_store.graph import SPEAKER, part_of
 from model_store.inference import open_session
 from training.audio_cache import AudioCache
 from training.augment import change_speed
@@ -33,7 +35,7 @@ Job = tuple[Path, float]  # a recording, and how fast it is played
 
 
 class Voices:
-    """Unit vectors of recordings, of each teacher one; build with `Voices.build` or `Voices.of_bundle`."""
+    """Vectors of recordings, of each teacher one of unit length; build with `Voices.build` or `Voices.of_bundle`."""
 
     def __init__(self, vectors: npt.NDArray[np.float32], jobs: Sequence[Job], widths: Sequence[int]) -> None:
         self.widths = tuple(widths)
@@ -56,20 +58,19 @@ class Voices:
         cls, folder: Path, paths: Sequence[Path], reference: str, audio: AudioCache, speeds: Sequence[float] = (1.0,)
     ) -> Voices:
         """What a bundle of the built-in store, NAME@VERSION, makes of them; some 5 ms for each. Raises TeacherError."""
-        bundle = teaching_bundle(reference)
-        speaker = bundle.manifest.speaker
-        if speaker is None:
-            raise TeacherError(f"{reference} tells no speakers apart, so it cannot teach voices")
+        bundle, speaker = speaking_bundle(reference)
         kept = folder / f"voices-{bundle.digest[:12]}-{_key(paths, speeds)}.npy"
         jobs = _jobs(paths, speeds)
         if not kept.is_file():
-            session = open_session(part_of(bundle.read(bundle.manifest.graph.file), ["speaker_embedding"]), threads=1)
+            session = open_session(part_of(bundle.read(bundle.manifest.graph.file), [SPEAKER]), threads=1)
             vectors = np.zeros((len(jobs), speaker.dim), dtype=np.float32)
             for row, (path, speed) in enumerate(jobs):
                 waveform = change_speed(audio.read(path), speed)[None]
                 lengths = np.array([waveform.shape[1]], dtype=np.int64)
-                vectors[row] = session.run(["speaker_embedding"], {"waveform": waveform, "lengths": lengths})[0][0]
-            partial = kept.with_suffix(".partial.npy")
+                vectors[row] = session.run([SPEAKER], {"waveform": waveform, "lengths": lengths})[0][0]
+            if not np.isfinite(vectors).all():
+                raise TeacherError(f"{reference} gave embeddings that are not numbers")
+            partial = kept.with_suffix(f".{os.getpid()}.npy")  # another run may be making the same
             np.save(partial, vectors)
             partial.replace(kept)
         return cls(np.load(kept), jobs, [speaker.dim])
@@ -111,6 +112,14 @@ class VoiceHead(nn.Module):
         return 1 - torch.stack(likeness).mean()
 
 
+def speaking_bundle(reference: str) -> tuple[Bundle, SpeakerInfo]:
+    """A bundle of the built-in store that tells speakers apart. Raises TeacherError."""
+    bundle = teaching_bundle(reference)
+    if bundle.manifest.speaker is None:
+        raise TeacherError(f"{reference} tells no speakers apart, so it cannot teach voices")
+    return bundle, bundle.manifest.speaker
+
+
 def _jobs(paths: Sequence[Path], speeds: Sequence[float]) -> list[Job]:
     return [(path, speed) for speed in speeds for path in paths]
 
@@ -122,12 +131,15 @@ def _key(paths: Sequence[Path], speeds: Sequence[float]) -> str:
 
 def _embed(jobs: Sequence[Job], kept: Path, python: Path) -> None:
     kept.parent.mkdir(parents=True, exist_ok=True)
-    listed, partial = kept.with_suffix(".jobs.json"), kept.with_suffix(".partial.npy")
+    # What is partly done is gone on with, whoever began it.
+    listed, partial = kept.with_suffix(f".{os.getpid()}.json"), kept.with_suffix(".partial.npy")
     listed.write_text(json.dumps([(str(path), speed) for path, speed in jobs]), encoding="utf-8")
     script = Path(__file__).with_name("resemblyzer_teacher.py")
     run_beside(python, script, listed, partial, failure=TeacherError)
+    listed.unlink()
+    if kept.is_file():
+        return  # another run was done first
     vectors = np.load(partial)
     if vectors.shape != (len(jobs), WIDTH) or not bool(torch.from_numpy(vectors).isfinite().all()):
         raise TeacherError(f"Resemblyzer gave {vectors.shape}, wanted {len(jobs)} vectors of {WIDTH} numbers")
     partial.replace(kept)
-    listed.unlink()

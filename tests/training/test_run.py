@@ -23,7 +23,7 @@ from tests.training.conftest import TinyRun, train_tiny
 from tests.training.made_data import tiny_recipe
 from training.errors import RunError, TeacherError
 from training.recipe import Recipe
-from training.run import learning_rate, load_student, prepare, train
+from training.run import TrainingHeads, go_on_from, learning_rate, load_student, prepare, train
 from training.students.edge import Edge
 
 # Trains as `train` does, and kills itself with SIGKILL at the place named by the fourth argument.
@@ -271,6 +271,20 @@ def test_a_branch_that_parts_earlier_begins_with_copies_of_the_layers_it_left(
         stands_for = name.removeprefix("speaker_") if name.startswith(("speaker_stem.", "speaker_early.")) else name
         assert torch.allclose(value, before[stands_for], atol=1e-5), name
     assert any(name.startswith("speaker_stem.") for name in learnt) == (parts == "features")
+
+
+def test_a_branch_of_its_own_goes_on_from_its_own_layers(made_run: TinyRun, tmp_path: Path) -> None:
+    shape = replace(made_run.recipe.shape, speaker_from="features")
+    first, second = (Edge(1 + 4, shape) for _ in range(2))
+    first_recipe = made_run.recipe.model_copy(update={"shape": shape})
+    torch.save(first.state_dict(), tmp_path / "student.pt")
+    torch.save({"heads": {}}, tmp_path / "last.pt")
+    run = {"recipe": first_recipe.model_dump(mode="json"), "labels": ["a"] * 4}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    go_on_from(tmp_path, second, TrainingHeads(first_recipe, 1, None))
+    assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
+    with pytest.raises(RunError, match="another shape"):
+        go_on_from(tmp_path, Edge(1 + 5, shape), TrainingHeads(first_recipe, 1, None))
 
 
 @pytest.mark.parametrize(

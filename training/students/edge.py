@@ -30,6 +30,8 @@ STEM_STRIDE = 2
 FRAME_STRIDE = 4
 FRAME_HOP = HOP * FRAME_STRIDE
 
+Parting = Literal["shared", "early", "features"]
+PARTINGS: tuple[Parting, ...] = ("shared", "early", "features")  # from late to early
 FeatureChange = Callable[[Tensor], Tensor]
 
 
@@ -54,7 +56,7 @@ class EdgeShape:
     speaker_dim: CountOrZero = 192  # 0: no speaker branch
     # Where the speaker branch parts: after the shared blocks, after the early ones, or at once, with a stem and early
     # blocks of its own.
-    speaker_from: Literal["shared", "early", "features"] = "shared"
+    speaker_from: Parting = "shared"
     dropout: Probability = 0.1
 
     def __post_init__(self) -> None:
