@@ -221,7 +221,6 @@ KINDS: dict[str, type[BaseModel]] = {
     "edge-again": Recipe,
     "edge-ahead": Recipe,
     "edge-nearer": Recipe,
-    "edge-told": Recipe,
     "edge-apart": Recipe,
     "micro": Recipe,
     "teacher": PretrainRecipe,
