@@ -19,7 +19,7 @@ format: .venv-dev/installed
 	.venv-dev/bin/ruff format .
 
 # With the teachers that this recipe names (`make teachers peers`); edge.yaml needs none.
-RECIPE ?= training/recipes/edge-again.yaml
+RECIPE ?= training/recipes/edge-apart.yaml
 train: .venv-dev/installed
 	.venv-dev/bin/sotto train $(RECIPE)
 
