@@ -67,7 +67,7 @@ def test_a_tuned_model_is_rebuilt_by_fine_tuning() -> None:
         "make teachers peers",
         "make train RECIPE=training/recipes/edge-again.yaml",
     ]
-    later = {"name": "edge-told", "data": {"root": "x"}, "voices": {"weight": 3.0}, "after": taught}
+    later = {"name": "edge-apart", "data": {"root": "x"}, "voices": {"weight": 3.0}, "after": taught}
     assert rebuild("sotto-edge", later)[0] == "make teachers peers"
     assert not any("compact" in line for line in rebuild("sotto-edge", taught))
     small = rebuild("sotto-edge", taught, "int8")

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ FRAME_STRIDE = 4
 FRAME_HOP = HOP * FRAME_STRIDE
 
 Parting = Literal["shared", "early", "features"]
-PARTINGS: tuple[Parting, ...] = ("shared", "early", "features")  # from late to early
+PARTINGS: tuple[Parting, ...] = get_args(Parting)  # from late to early
 FeatureChange = Callable[[Tensor], Tensor]
 
 
