@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from model_store import KeywordInfo
 
-# Beyond it a score is 1 to eight places, and the sums over what follows thousands of such frames still are to four.
+# Beyond it a score is 1 to eight places.
 LARGEST_LOG_ODDS = 20.0
 # A detection lasts while its keyword is at least as likely as background; one whose peak barely is,
 # while the odds keep this share of their peak.
@@ -27,15 +27,16 @@ EDGE_ODDS = 1.0
 EDGE_SHARE = 0.05
 
 Array = npt.NDArray[np.float32]
-Scores = npt.NDArray[np.float64]
+Thresholds = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What a stretch of audio says about each of K keywords at each of its T frames; both [T, K]."""
+    """What a stretch of audio says about each of K keywords at each of its T frames."""
 
-    odds: Scores  # r_k(t)
-    scores: Scores  # of the window around the frame
+    odds: Array  # r_k(t), [T, K]
+    scores: Array  # of the window around the frame, [T, K]
+    best: Array  # each keyword's highest score, [K]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,32 +60,24 @@ class Ranked:
 def weigh(logits: Array, info: KeywordInfo, only: npt.NDArray[np.bool_] | None = None) -> Evidence:
     """Of logits [T, 1 + K]; frame t's window is centred on it. With `only`, a mask [K], the scores of all
     others are 0."""
-    odds = _odds(logits)
-    every = odds.sum(axis=1, keepdims=True)
-    own = odds if only is None else odds[:, only]
     half = max(1, round(info.window_s / info.frame_hop_s)) // 2
-    sums = np.concatenate([own, every], axis=1)
-    sums = np.concatenate([np.zeros((1, sums.shape[1])), np.cumsum(sums, axis=0)])
-    frames = np.arange(len(odds))
-    first = np.maximum(frames - half, 0)
-    last = np.minimum(frames + half + 1, len(odds))
-    inside = np.maximum(sums[last] - sums[first], 0.0)
-    scores = inside[:, :-1] / (1.0 + inside[:, -1:])
-    if only is None:
-        return Evidence(odds, scores)
-    whole = np.zeros_like(odds)
-    whole[:, only] = scores
-    return Evidence(odds, whole)
+    odds = _odds(logits, beside=half)
+    inside = _sums(odds if only is None else odds[:, np.concatenate([[True], only])], 2 * half + 1)
+    scores = (inside / (1 + inside[:, :1]))[:, 1:]
+    if only is not None:
+        part, scores = scores, np.zeros((len(scores), len(only)), np.float32)
+        scores[:, only] = part
+    return Evidence(odds[half : half + len(logits), 1:], scores, scores.max(axis=0, initial=0.0))
 
 
-def thresholds_of(info: KeywordInfo) -> Scores:
+def thresholds_of(info: KeywordInfo) -> Thresholds:
     """Each keyword's own, [K]."""
     thresholds = np.array([keyword.threshold for keyword in info.labels])
     thresholds.flags.writeable = False
     return thresholds
 
 
-def least_log_odds(info: KeywordInfo, allowed: npt.NDArray[np.bool_], threshold: Scores | float) -> Scores:
+def least_log_odds(info: KeywordInfo, allowed: npt.NDArray[np.bool_], threshold: Thresholds | float) -> Thresholds:
     """Per keyword, [K], what its log odds against background have to reach at some frame for `detect` to find it.
 
     A score is at most s / (1 + s), where s sums the keyword's odds over the window's n frames, and s is at most n
@@ -97,17 +90,17 @@ def least_log_odds(info: KeywordInfo, allowed: npt.NDArray[np.bool_], threshold:
     return np.where(allowed, least - 1e-3, np.inf)
 
 
-def candidates(logits: Array, least: Scores) -> npt.NDArray[np.bool_]:
+def candidates(logits: Array, least: Thresholds) -> npt.NDArray[np.bool_]:
     """Mask [K] of what `detect` could find in logits [T, 1 + K], by `least_log_odds`: most of what a microphone hears
     holds no keyword, and never more than a few."""
     # So that NaN, which is no evidence against anything, is looked at.
-    most: Scores = (logits[:, 1:] - logits[:, :1]).max(axis=0, initial=-np.inf)
+    most: Array = (logits[:, 1:] - logits[:, :1]).max(axis=0, initial=-np.inf)
     return np.logical_not(most < least)
 
 
-def rank(scores: Scores, info: KeywordInfo, top_k: int, allowed: npt.NDArray[np.bool_]) -> list[Ranked]:
+def rank(found: Evidence, info: KeywordInfo, top_k: int, allowed: npt.NDArray[np.bool_]) -> list[Ranked]:
     """The `top_k` allowed keywords by best score, best first."""
-    best = np.where(allowed, scores.max(axis=0), -1.0)
+    best = np.where(allowed, found.best, -1.0)
     order = np.argsort(-best, kind="stable")[: min(top_k, int(allowed.sum()))]
     return [Ranked(info.labels[index].label, float(best[index])) for index in order]
 
@@ -117,7 +110,7 @@ def detect(
     info: KeywordInfo,
     duration_s: float,
     allowed: npt.NDArray[np.bool_],
-    threshold: Scores | float,
+    threshold: Thresholds | float,
 ) -> list[Detection]:
     """Events in time order: where an allowed keyword's score passes the threshold, its own or one for all.
 
@@ -125,12 +118,14 @@ def detect(
     its keyword, and outside the refractory time of a stronger one of the same keyword: so a word said
     once is reported once, and one stretch of sound is one word.
     """
-    scores = found.scores
     # With a threshold of 0 every frame would qualify; a score of 0 is the absence of evidence.
-    passing = (scores >= threshold) & (scores > 0) & allowed
+    least = np.maximum(threshold, np.finfo(np.float32).tiny)
+    likely = np.flatnonzero((found.best >= least) & allowed)
+    if not len(likely):
+        return []
     kept: list[Detection] = []
-    for frame, index in _peaks(scores, passing):
-        event = _event(found.odds[:, index], scores[frame, index], frame, index, info, duration_s)
+    for frame, index in _peaks(found.scores, likely, np.broadcast_to(least, allowed.shape)):
+        event = _event(found.odds[:, index], found.scores[frame, index], frame, index, info, duration_s)
         if all(compatible(event, other, info.refractory_s) for other in kept):
             kept.append(event)
     return sorted(kept, key=lambda item: (item.start_s, item.end_s))
@@ -145,20 +140,42 @@ def allowed_labels(info: KeywordInfo, wanted: Sequence[str]) -> npt.NDArray[np.b
     return mask
 
 
-def _odds(logits: Array) -> Scores:
-    relative = logits[:, 1:].astype(np.float64) - logits[:, :1].astype(np.float64)
-    odds: Scores = np.exp(np.minimum(relative, LARGEST_LOG_ODDS))
+def _odds(logits: Array, *, beside: int) -> Array:
+    """[T, 1 + K] with `beside` empty frames before and behind; in background's place the sum over all keywords."""
+    relative = logits - logits[:, :1]
+    np.minimum(relative, LARGEST_LOG_ODDS, out=relative)
+    odds = np.zeros((len(logits) + 2 * beside, logits.shape[1]), np.float32)
+    np.exp(relative, out=odds[beside : beside + len(logits)])
+    odds[:, 0] = odds[:, 1:].sum(axis=1)
     return odds
 
 
-def _peaks(scores: Scores, passing: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """(frame, keyword) of each passing run's best frame, best score first.
+def _sums(values: Array, width: int) -> Array:
+    """Over each `width` frames of [T, N], T - width + 1 of them, put together from sums over 1, 2, 4 ... frames: by
+    additions alone, so that nothing small is lost beside something large that has passed, and float32 is enough."""
+    count = len(values) - width + 1
+    total: Array | None = None
+    reach, done = 1, 0
+    while True:
+        if width & reach:
+            part = values[done : done + count]
+            total = part if total is None else total + part
+            done += reach
+            if done == width:
+                return total
+        values = values[:-reach] + values[reach:]
+        reach *= 2
+
+
+def _peaks(scores: Array, likely: npt.NDArray[np.intp], least: Thresholds) -> list[tuple[int, int]]:
+    """(frame, keyword) of each run's best frame that passes, of the likely keywords, best score first.
 
     A window sum has a plateau as wide as the window around a short word; its middle is the word's.
     """
     peaks: list[tuple[float, int, int]] = []
-    for index in np.flatnonzero(passing.any(axis=0)):
-        column, mask = scores[:, index], passing[:, index]
+    for index in likely:
+        column = scores[:, index]
+        mask = column >= least[index]
         edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.view(np.int8), [0]])))
         for start, stop in edges.reshape(-1, 2):
             run = column[start:stop]
@@ -168,7 +185,7 @@ def _peaks(scores: Scores, passing: npt.NDArray[np.bool_]) -> list[tuple[int, in
     return [(frame, index) for _, frame, index in sorted(peaks, key=lambda peak: (-peak[0], peak[1], peak[2]))]
 
 
-def _event(odds: Scores, score: np.float64, frame: int, index: int, info: KeywordInfo, duration_s: float) -> Detection:
+def _event(odds: Array, score: np.float32, frame: int, index: int, info: KeywordInfo, duration_s: float) -> Detection:
     """Start and end: how far around the strongest frame near the peak the odds stay up."""
     reach = max(1, round(info.window_s / info.frame_hop_s)) // 2
     begin = max(0, frame - reach)

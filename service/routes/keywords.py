@@ -135,7 +135,7 @@ def spot(
     evidence = spotting.weigh(outputs.keyword_logits, info)
     least = engine.thresholds if threshold is None else threshold
     found = spotting.detect(evidence, info, duration_s, allowed, least)
-    ranked = spotting.rank(evidence.scores, info, top_k, allowed)
+    ranked = spotting.rank(evidence, info, top_k, allowed)
     return [rounded(event) for event in found], [
         RankedKeyword(keyword=item.keyword, score=round(item.score, 4)) for item in ranked
     ]
