@@ -18,6 +18,9 @@ from model_store.errors import BundleError
 from model_store.graph import OUTPUTS
 
 TOLERANCE = 1e-4
+# Of a graph that rounds, what a difference may come to, root mean square over standard deviation: where a value lies
+# between two levels, the last bit of a float, which is not the same on every processor, decides which one it gets.
+ROUNDED = 0.15
 
 Array = npt.NDArray[np.float32]
 
@@ -54,3 +57,12 @@ def compare(name: str, expected: Array, found: Array, *, tolerance: float = TOLE
     worst = float(np.abs(expected - found).max(initial=0.0))
     if not worst <= tolerance:
         raise BundleError(f"{name} differs by {worst:.2e}, allowed are {tolerance:.0e}")
+
+
+def resemble(name: str, expected: Array, found: Array) -> None:
+    """Raises BundleError where shapes differ or the difference is more than rounding makes it."""
+    if expected.shape != found.shape:
+        raise BundleError(f"{name} has shape {found.shape}, expected {expected.shape}")
+    share = float(np.sqrt(np.mean(np.square(expected - found)) / np.var(expected)))
+    if not share <= ROUNDED:
+        raise BundleError(f"{name} differs by {share:.2f} of its spread, allowed are {ROUNDED}")

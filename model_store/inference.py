@@ -35,6 +35,11 @@ def is_available(provider: Provider) -> bool:
     return _PROVIDERS[provider] in onnxruntime.get_available_providers()
 
 
+def computes_in_eight_bits(graph: bytes) -> bool:
+    """Whether activations are rounded too (training/quantise.py): DequantizeLinear alone is for weights."""
+    return b"QuantizeLinear" in graph
+
+
 def open_session(graph: bytes, *, threads: int, provider: Provider = "cpu") -> Session:
     """A session with `threads` threads inside one call, none of them spinning.
 
@@ -45,7 +50,8 @@ def open_session(graph: bytes, *, threads: int, provider: Provider = "cpu") -> S
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # Weights that a file keeps in eight bits (training/compact.py) become float as it is loaded, not in every call.
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if not computes_in_eight_bits(graph):
+        # Weights that a file keeps in eight bits (training/compact.py) become float as it is loaded, not in every call.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.log_severity_level = 3
     return cast(Session, onnxruntime.InferenceSession(graph, options, providers=[_PROVIDERS[provider]]))

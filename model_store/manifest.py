@@ -59,8 +59,9 @@ class GraphInfo(_Strict):
     file: FileName
     opset: int = Field(ge=13, le=30)
     parameters: int = Field(gt=0)
-    # How the file keeps its kernels and matrices; all graphs compute in float32.
+    # How the file keeps most kernels and matrices, and in what most of a clip is computed; streams are in float32.
     weights: Literal["float32", "int8"] = "float32"
+    arithmetic: Literal["float32", "int8"] = "float32"
 
 
 class StreamInfo(_Strict):

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from model_store import Bundle, Manifest, SpeakerInfo, verify_bundle
 from model_store.graph import OUTPUTS, outputs_of, part_of
-from model_store.inference import Provider, Session, open_session
+from model_store.inference import Provider, Session, computes_in_eight_bits, open_session
 from model_store.streaming import Chunk, StreamingGraph
 from model_store.verify import read_cohort
 from service.audio import SAMPLE_RATE_HZ, Waveform
@@ -88,7 +88,7 @@ class Engine:
         for part, names in self._names.items():
             own = graph if part == "all" else part_of(graph, names)
             self._sessions[part] = open_session(own, threads=intra_op_threads, provider=provider)
-            self.memory_bytes += MEMORY_FACTOR * FLOAT_BYTES[self.manifest.graph.weights] * len(own)
+            self.memory_bytes += self._resident_bytes(own)
         self._hop = round(self.manifest.keywords.frame_hop_s * SAMPLE_RATE_HZ)
         self.streaming: StreamingGraph | None = None
         stream = self.manifest.stream
@@ -96,7 +96,7 @@ class Engine:
             own = bundle.read(stream.file)
             session = open_session(own, threads=intra_op_threads, provider=provider)
             self.streaming = StreamingGraph(session, stream, hop=self._hop)
-            self.memory_bytes += MEMORY_FACTOR * FLOAT_BYTES[self.manifest.graph.weights] * len(own)
+            self.memory_bytes += self._resident_bytes(own)
 
     def require(self, *tasks: Task) -> None:
         """Raises TaskUnsupportedError where the model cannot do one of them."""
@@ -147,6 +147,10 @@ class Engine:
             for frames in WARM_UP_FRAMES:
                 quiet = np.zeros(frames * self.streaming.hop, dtype=np.float32)
                 self.streaming.run([Chunk(self.streaming.begin(), quiet)])
+
+    def _resident_bytes(self, graph: bytes) -> int:
+        weights = 1 if computes_in_eight_bits(graph) else FLOAT_BYTES[self.manifest.graph.weights]
+        return MEMORY_FACTOR * weights * len(graph)
 
     def _load_cohort(self) -> Array | None:
         speaker = self.manifest.speaker

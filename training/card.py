@@ -10,7 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from model_store import Manifest
+from model_store import GraphInfo, Manifest
 from model_store.files import describe
 from model_store.store import open_bundle
 from training.evaluation.report import Report
@@ -54,7 +54,7 @@ def card(manifest: Manifest, report: Report, data: Data, about: str = "") -> str
         thresholds=manifest.keywords.thresholds_from,
         calibration=_calibration(manifest),
         data="\n".join(_corpora(trained_on)),
-        rebuild="\n".join(f"    {line}" for line in rebuild(manifest.name, lineage.recipe, manifest.graph.weights)),
+        rebuild="\n".join(f"    {line}" for line in rebuild(manifest.name, lineage.recipe, manifest.graph)),
         recipe_digest=lineage.recipe_digest,
         revision=lineage.git_revision,
         seed=lineage.seed,
@@ -75,7 +75,7 @@ def _calibration(manifest: Manifest) -> str:
     return f"Score calibration: {fitted_on}. A score of 0 is the point of equal costs at even priors."
 
 
-def rebuild(name: str, recipe: dict[str, Any], weights: str = "float32") -> list[str]:
+def rebuild(name: str, recipe: dict[str, Any], graph: GraphInfo) -> list[str]:
     """The commands from recordings to this card, for the kind of run that the recipe is of."""
     own = recipe["name"]
     if isinstance(recipe["data"], dict):
@@ -87,11 +87,14 @@ def rebuild(name: str, recipe: dict[str, Any], weights: str = "float32") -> list
         stages.append(before)
     needed = (("teachers", "hints"), ("peers", "voices"))
     teachers = [target for target, part in needed if any(stage.get(part) for stage in stages)]
+    rounded = [f".venv-dev/bin/sotto compact runs/{own}/bundle"] if graph.weights == "int8" else []
+    if graph.arithmetic == "int8":
+        rounded = [f".venv-dev/bin/sotto quantise runs/{own}/bundle"]
     return [
         *([f"make {' '.join(teachers)}"] if teachers else []),
         made,
         f".venv-dev/bin/sotto export runs/{own} --name {name}",
-        *([f".venv-dev/bin/sotto compact runs/{own}/bundle"] if weights == "int8" else []),
+        *rounded,
         f".venv-dev/bin/sotto calibrate runs/{own}/bundle",
         f".venv-dev/bin/sotto evaluate runs/{own}/bundle --record",
     ]

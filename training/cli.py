@@ -1,4 +1,4 @@
-"""`sotto train | pretrain | distil | finetune | export | compact | calibrate | evaluate | study | report`."""
+"""`sotto train | pretrain | distil | finetune | export | compact | quantise | calibrate | evaluate | study | ...`."""
 
 from __future__ import annotations
 
@@ -142,6 +142,16 @@ def compact(draft: Path) -> None:
 
     with told():
         manifest = make_smaller(draft)
+    console.print(f"{draft}: {manifest.files[manifest.graph.file].size / 1e6:.2f} MB")
+
+
+@app.command()
+def quantise(draft: Path, data: DataRoot = None) -> None:
+    """Compute DRAFT's clips in eight bits, with scales from recordings of train. Then calibrate and evaluate it."""
+    from training.quantise import quantise as make_faster
+
+    with told():
+        manifest = make_faster(draft, data_root=data)
     console.print(f"{draft}: {manifest.files[manifest.graph.file].size / 1e6:.2f} MB")
 
 

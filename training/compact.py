@@ -19,7 +19,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
-from model_store import Manifest, golden
+from model_store import Bundle, Manifest, golden
 from model_store.files import describe
 from model_store.graph import outputs_of
 from model_store.inference import open_session
@@ -40,20 +40,28 @@ def compact(draft: Path) -> Manifest:
     bundle = open_bundle(draft)
     before = bundle.manifest
     graph, rounded = in_eight_bits(bundle.read(before.graph.file))
+    stream = None
+    if before.stream is not None:
+        stream, _ = in_eight_bits(bundle.read(before.stream.file), rounded)
+    return rewrite(draft, bundle, graph, stream, weights="int8")
+
+
+def rewrite(draft: Path, bundle: Bundle, graph: bytes, stream: bytes | None, **described: str) -> Manifest:
+    """The draft with other graphs for the same clips, what its golden clip gives with them, and no figures yet.
+    `described` is what changes of the manifest's `graph`."""
+    before = bundle.manifest
     names = outputs_of(before)
     clip, _ = golden.unpack(bundle.read(before.golden_file), names)
     outputs = run_graph(open_session(graph, threads=1), [clip], names)
-    stream = {}
-    if before.stream is not None:
-        stream[before.stream.file], _ = in_eight_bits(bundle.read(before.stream.file), rounded)
     files = {
-        **stream,
         before.graph.file: graph,
         before.golden_file: golden.pack(clip, {name: values[0] for name, values in outputs.items()}),
     }
+    if before.stream is not None and stream is not None:
+        files[before.stream.file] = stream
     manifest = before.model_copy(
         update={
-            "graph": before.graph.model_copy(update={"weights": "int8"}),
+            "graph": before.graph.model_copy(update=described),
             "files": {**before.files, **{name: describe(data) for name, data in files.items()}},
             # Measured on other weights.
             "metrics": (),

@@ -35,6 +35,8 @@ PROBE_FRAMES = 109
 
 # The axis of height, as a tensor of the graph.
 HEIGHT = "height_axis"
+# How the kernels that spread a mask are named.
+ONES = "_ones"
 # Taps from which on a convolution's zeros are put around its input.
 LONG_KERNEL = 32
 
@@ -181,7 +183,7 @@ def _spread_masks(graph: onnx.GraphProto, shapes: Shapes) -> None:
                 key = (cast_from.get(mask, mask), channels)
                 if key not in spread:
                     spread[key] = f"{key[0]}_x{channels}"
-                    ones = f"{spread[key]}_ones"
+                    ones = f"{spread[key]}{ONES}"
                     graph.initializer.append(
                         numpy_helper.from_array(np.ones((channels, 1, 1, 1), dtype=np.float32), ones)
                     )
@@ -191,3 +193,16 @@ def _spread_masks(graph: onnx.GraphProto, shapes: Shapes) -> None:
         nodes.append(node)
     del graph.node[:]
     graph.node.extend(nodes)
+
+
+def narrow_masks(graph: onnx.GraphProto) -> None:
+    """Undo `_spread_masks`, for layers that are not computed in blocks; what no node uses goes as well."""
+    spread = {node.output[0]: node for node in graph.node if node.op_type == "Conv" and node.input[1].endswith(ONES)}
+    for node in spread.values():
+        graph.node.remove(node)
+    for node in graph.node:
+        node.input[:] = [spread[name].input[0] if name in spread else name for name in node.input]
+    used = {name for node in graph.node for name in node.input}
+    for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
+        graph.initializer.remove(tensor)
+    del graph.value_info[:]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from model_store import Manifest
+from model_store import GraphInfo, Manifest
 from model_store.files import describe
 from training.card import CARD, UNSAID, card, rebuild, record_figures
 from training.evaluation.report import Figure, Report
@@ -57,18 +57,23 @@ def test_a_card_without_a_word_from_its_maker_says_so(made_draft: tuple[Path, Ma
     assert UNSAID in card(made_draft[1], REPORT, data)
 
 
+PLAIN = GraphInfo(file="model.onnx", opset=17, parameters=1)
+
+
 def test_a_tuned_model_is_rebuilt_by_fine_tuning() -> None:
-    assert rebuild("mine", {"name": "mine", "data": "recordings", "init": "runs/d/model"})[0] == (
+    assert rebuild("mine", {"name": "mine", "data": "recordings", "init": "runs/d/model"}, PLAIN)[0] == (
         ".venv-dev/bin/sotto finetune training/recipes/mine.yaml --init runs/d/model --run runs/mine"
     )
-    assert rebuild("sotto-edge", {"name": "edge", "data": {"root": "x"}})[0].startswith("make train")
+    assert rebuild("sotto-edge", {"name": "edge", "data": {"root": "x"}}, PLAIN)[0].startswith("make train")
     taught = {"name": "edge-again", "data": {"root": "x"}, "hints": {"weight": 1.0}, "voices": {"weight": 3.0}}
-    assert rebuild("sotto-edge", taught)[:2] == [
+    assert rebuild("sotto-edge", taught, PLAIN)[:2] == [
         "make teachers peers",
         "make train RECIPE=training/recipes/edge-again.yaml",
     ]
     later = {"name": "edge-apart", "data": {"root": "x"}, "voices": {"weight": 3.0}, "after": taught}
-    assert rebuild("sotto-edge", later)[0] == "make teachers peers"
-    assert not any("compact" in line for line in rebuild("sotto-edge", taught))
-    small = rebuild("sotto-edge", taught, "int8")
+    assert rebuild("sotto-edge", later, PLAIN)[0] == "make teachers peers"
+    assert not any("compact" in line for line in rebuild("sotto-edge", taught, PLAIN))
+    small = rebuild("sotto-edge", taught, PLAIN.model_copy(update={"weights": "int8"}))
     assert small[3] == ".venv-dev/bin/sotto compact runs/edge-again/bundle"
+    fast = rebuild("sotto-edge", taught, PLAIN.model_copy(update={"weights": "int8", "arithmetic": "int8"}))
+    assert fast[3] == ".venv-dev/bin/sotto quantise runs/edge-again/bundle"
