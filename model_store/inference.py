@@ -40,11 +40,8 @@ def computes_in_eight_bits(graph: bytes) -> bool:
     return b"QuantizeLinear" in graph
 
 
-def open_session(graph: bytes, *, threads: int, provider: Provider = "cpu") -> Session:
-    """A session with `threads` threads inside one call, none of them spinning.
-
-    Raises ONNX Runtime's own exceptions, which share no base class.
-    """
+def session_options(graph: bytes, threads: int) -> onnxruntime.SessionOptions:
+    """`threads` threads inside one call, none of them spinning."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -54,4 +51,10 @@ def open_session(graph: bytes, *, threads: int, provider: Provider = "cpu") -> S
         # Weights that a file keeps in eight bits (training/compact.py) become float as it is loaded, not in every call.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.log_severity_level = 3
+    return options
+
+
+def open_session(graph: bytes, *, threads: int, provider: Provider = "cpu") -> Session:
+    """A session on the graph. Raises ONNX Runtime's own exceptions, which share no base class."""
+    options = session_options(graph, threads)
     return cast(Session, onnxruntime.InferenceSession(graph, options, providers=[_PROVIDERS[provider]]))

@@ -156,6 +156,17 @@ def quantise(draft: Path, data: DataRoot = None) -> None:
 
 
 @app.command()
+def profile(run: Path, data: DataRoot = None) -> None:
+    """Where the time of a second of audio goes in the graph of a finished RUN: as torch writes it, as it ships, and in
+    eight bits. A Markdown table."""
+    from training.quantise import compare_forms
+
+    with told():
+        lines = compare_forms(run, data_root=data)
+    console.print("\n".join(lines), soft_wrap=True)
+
+
+@app.command()
 def calibrate(draft: Path, data: DataRoot = None) -> None:
     """Fit thresholds and score calibration of DRAFT on the set-aside training speakers, never on dev."""
     from training.calibrate import calibrate as fit

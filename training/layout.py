@@ -205,4 +205,6 @@ def narrow_masks(graph: onnx.GraphProto) -> None:
     used = {name for node in graph.node for name in node.input}
     for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
         graph.initializer.remove(tensor)
+    for node in [node for node in graph.node if node.op_type == "Constant" and node.output[0] not in used]:
+        graph.node.remove(node)
     del graph.value_info[:]

@@ -40,8 +40,11 @@ from model_store.store import open_bundle
 from training.audio_cache import SAMPLE_RATE_HZ, decode
 from training.compact import LEAST_VALUES, in_eight_bits, rewrite
 from training.errors import ExportError
-from training.finished import origin
+from training.evaluation.profile import profile_table
+from training.export import to_onnx, traced
+from training.finished import open_run, origin
 from training.layout import narrow_masks
+from training.students.edge import Edge
 
 CLIPS = 200
 LONGEST_S = 3.0
@@ -59,16 +62,33 @@ def quantise(draft: Path, *, data_root: Path | None) -> Manifest:
     before = bundle.manifest
     if before.graph.weights != "float32":
         raise ExportError(f"{draft} has been rounded already; export it again")
-    source = origin(before.lineage.recipe)
-    clips = source.choose(source.read(data_root).split("train"))
-    chosen = random.Random(before.lineage.seed).sample(clips, min(CLIPS, len(clips)))
     whole = bundle.read(before.graph.file)
-    graph = computed_in_eight_bits(whole, (decode(clip.path)[: int(LONGEST_S * SAMPLE_RATE_HZ)] for clip in chosen))
+    graph = computed_in_eight_bits(whole, _recordings(before.lineage.recipe, data_root))
     stream = None
     if before.stream is not None:
         _, alike = in_eight_bits(whole)
         stream, _ = in_eight_bits(bundle.read(before.stream.file), alike)
     return rewrite(draft, bundle, graph, stream, weights="int8", arithmetic="int8")
+
+
+def compare_forms(run: Path, *, data_root: Path | None) -> list[str]:
+    """The table of `profile_table` for a finished run's clip graph: as torch writes it, in the layout that ships, and
+    in eight bits. Raises RunError, ExportError, ManifestError."""
+    finished = open_run(run)
+    if not isinstance(finished.network, Edge):
+        raise ExportError(f"{run} is no run of `sotto train`; other networks have one form only")
+    blocked = to_onnx(finished.network)
+    rounded = computed_in_eight_bits(blocked, _recordings(finished.lineage.recipe, data_root))
+    return profile_table(
+        {"as torch writes it": traced(finished.network), "in blocks": blocked, "in eight bits": rounded}
+    )
+
+
+def _recordings(recipe: dict[str, Any], data_root: Path | None) -> Iterator[Array]:
+    source = origin(recipe)
+    clips = source.choose(source.read(data_root).split("train"))
+    for clip in random.Random(source.seed).sample(clips, min(CLIPS, len(clips))):
+        yield decode(clip.path)[: int(LONGEST_S * SAMPLE_RATE_HZ)]
 
 
 def computed_in_eight_bits(graph: bytes, waveforms: Iterable[Array]) -> bytes:

@@ -20,6 +20,7 @@ from model_store.store import MANIFEST, open_bundle
 from training.compact import compact, in_eight_bits
 from training.errors import ExportError
 from training.evaluation.cost import multiply_accumulates
+from training.evaluation.profile import operators_ms, profile_table
 from training.export import run_graph, to_onnx
 from training.quantise import computed_in_eight_bits, quantise
 from training.students.edge import Edge, EdgeShape
@@ -139,6 +140,17 @@ def test_a_draft_is_published_and_says_what_it_is(
     assert manifest.keywords == made_draft[1].keywords
     assert manifest.files["model.onnx"].size < made_draft[1].files["model.onnx"].size
     verify_bundle(LocalStore(tmp_path / "store").publish(manifest, _files(draft, manifest)))
+
+
+def test_a_profile_counts_what_runs_and_how_long(graph: bytes, rounded: bytes) -> None:
+    lines = profile_table({"float": graph, "rounded": rounded})
+    cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:4]] for line in lines}
+    assert cells["operator"] == ["float", "rounded"]
+    spent, nodes = operators_ms(rounded, runs=5)
+    assert cells["QLinearConv"][0] == "-"
+    assert cells["QLinearConv"][1].endswith(f" ms, {nodes['QLinearConv']}")
+    assert all(duration > 0 for duration in spent.values())
+    assert all(float(cell.removesuffix(" ms")) > 0 for cell in cells["a call, unprofiled"])
 
 
 def test_a_draft_is_rounded_once(draft: Path, made_draft: tuple[Path, Manifest], tmp_path: Path) -> None:
