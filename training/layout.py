@@ -180,7 +180,10 @@ def _spread_masks(graph: onnx.GraphProto, shapes: Shapes) -> None:
             values, mask = node.input
             channels = shapes[values][1]
             if shapes[mask][1:3] == (1, 1) and channels > 1 and shapes[values][2] == 1:
-                key = (cast_from.get(mask, mask), channels)
+                # Each layer casts the mask for itself, some of them twice.
+                while cast_from.get(mask) in shapes:
+                    mask = cast_from[mask]
+                key = (mask, channels)
                 if key not in spread:
                     spread[key] = f"{key[0]}_x{channels}"
                     ones = f"{spread[key]}{ONES}"

@@ -13,7 +13,7 @@ from model_store.graph import OUTPUTS
 from model_store.inference import open_session
 from tests.training.chain import tiny_hubert
 from training.export import run_graph, to_onnx, traced
-from training.layout import LONG_KERNEL, in_two_dimensions
+from training.layout import LONG_KERNEL, ONES, in_two_dimensions
 from training.students.edge import Edge, EdgeShape
 from training.students.joint import JointModel
 from training.teachers import SelfSupervised
@@ -47,6 +47,14 @@ def test_the_same_outputs_with_a_third_of_the_conversions(student: Edge, tmp_pat
     for name in OUTPUTS:
         np.testing.assert_allclose(found[name], wanted[name], atol=1e-5)
     assert reorders(after, tmp_path) * 3 <= reorders(before, tmp_path)
+
+
+def test_a_mask_is_spread_once_for_each_width(student: Edge) -> None:
+    nodes = onnx.load_from_string(to_onnx(student)).graph.node
+    spread = [node for node in nodes if node.op_type == "Conv" and node.input[1].endswith(ONES)]
+    # One mask at the rate of the stem, for one width; one at the rate of the frames, for two.
+    assert len({node.input[0] for node in spread}) == 2
+    assert len(spread) == 1 + len({student.shape.shared_width, student.shape.task_width})
 
 
 def test_padding_more_on_one_side_costs_no_operator(tmp_path: Path) -> None:
