@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx
+import onnxruntime
 import pytest
 import torch
 
 from model_store import LocalStore, Manifest
+from model_store.inference import open_session
 from tests.training.chain import Chain, distil_recipe, pretrain_recipe
 from tests.training.made_data import tiny_recipe, write_data
 from training import run as run_module
@@ -114,3 +117,22 @@ def reference(made_draft: tuple[Path, Manifest], tmp_path: Path, monkeypatch: py
     LocalStore(tmp_path).publish(manifest, {name: (folder / name).read_bytes() for name in manifest.files})
     monkeypatch.setattr(soft_targets, "builtin_store_path", lambda: tmp_path)
     return "tiny@1"
+
+
+@pytest.fixture
+def loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], list[onnx.NodeProto]]:
+    """Of a graph, the nodes that ONNX Runtime computes once `open_session` has loaded it."""
+    made, path = onnxruntime.SessionOptions, tmp_path / "loaded.onnx"
+
+    def options() -> onnxruntime.SessionOptions:
+        found = made()
+        found.optimized_model_filepath = str(path)
+        return found
+
+    def load(graph: bytes) -> list[onnx.NodeProto]:
+        with monkeypatch.context() as patch:
+            patch.setattr(onnxruntime, "SessionOptions", options)
+            open_session(graph, threads=1)
+        return list(onnx.load(path).graph.node)
+
+    return load

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
@@ -79,18 +79,9 @@ def test_neighbours_and_padding_change_nothing(rounded: bytes) -> None:
 
 
 def test_convolutions_are_computed_on_integers_and_the_rest_is_not(
-    rounded: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rounded: bytes, loaded: Callable[[bytes], list[onnx.NodeProto]]
 ) -> None:
-    made = onnxruntime.SessionOptions
-
-    def options() -> onnxruntime.SessionOptions:
-        found = made()
-        found.optimized_model_filepath = str(tmp_path / "loaded.onnx")
-        return found
-
-    monkeypatch.setattr(onnxruntime, "SessionOptions", options)
-    open_session(rounded, threads=1)
-    nodes = onnx.load(tmp_path / "loaded.onnx").graph.node
+    nodes = loaded(rounded)
     integer = [node for node in nodes if node.op_type == "QLinearConv"]
     real = [node for node in nodes if node.op_type in ("Conv", "MatMul", "Gemm")]
     # Each block has three, and there are twelve.
