@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import lasting, measures
+from benchmarks import identification, lasting, measures
 from benchmarks.clients import CPUS, Setting, scratch
 from model_store import LocalStore, builtin_store_path
 
@@ -24,6 +24,7 @@ MEASURES: dict[str, Callable[[Setting], list[str]]] = {
     "mixed": measures.mixed,
     "streams": measures.streams,
     "start": measures.start,
+    "identify": identification.identify,
     "overload": lasting.overload,
     "trickle": lasting.trickle,
     "moves": lasting.moves,

@@ -42,6 +42,7 @@ from service.queueing import (
     QueueFullError,
 )
 from service.settings import Settings, available_cpus
+from service.speakers.roster import Rosters
 from service.speakers.store import ProfileStore
 from service.timing import StageClock
 
@@ -135,6 +136,11 @@ class Runtime:
         self.models.start()
         callers = self._choose_threads(cpus)
         self.profiles = ProfileStore(settings.profiles_url)
+        self.rosters = Rosters(
+            self.profiles,
+            required_speech_s=settings.enroll_required_speech_s,
+            most_bytes=settings.profiles_memory_bytes,
+        )
         self.batcher: Batcher[Job | Step, Outputs | Advanced] = Batcher(
             _run_batch,
             workers=callers,
@@ -147,7 +153,7 @@ class Runtime:
         self.decoders = ThreadPoolExecutor(settings.decode_threads or cpus, thread_name_prefix="decode")
         # Database calls block on locks and disks; they must not keep decoders waiting.
         self.database = ThreadPoolExecutor(4, thread_name_prefix="profiles")
-        # Identification reads many profiles: one at a time, so that a verification never queues behind it.
+        # Identification may read many profiles: one at a time, so that a verification never queues behind it.
         self.comparing = ThreadPoolExecutor(1, thread_name_prefix="identify")
         self.metrics.ready.set(1)
         self.started = True
@@ -190,12 +196,14 @@ class Runtime:
         return engine
 
     async def watch(self) -> None:
-        """Beside the requests, as long as the service runs: the event loop's lag, and a default alias that moves."""
+        """Beside the requests, as long as the service runs: the event loop's lag, profiles that nobody compares any
+        more, and a default alias that moves."""
         refreshed = time.monotonic()
         while True:
             due = time.monotonic() + LAG_EVERY_S
             await asyncio.sleep(LAG_EVERY_S)
             self.metrics.loop_lag.observe(max(0.0, time.monotonic() - due))
+            self.rosters.expire()
             every_s = self.settings.models_refresh_s
             if every_s and time.monotonic() - refreshed > every_s:
                 refreshed = time.monotonic()

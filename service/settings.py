@@ -69,6 +69,11 @@ class Settings(BaseSettings):
     stream_idle_s: float = Field(default=60.0, gt=0, description="A stream without a message for this long is closed.")
     stream_send_timeout_s: float = Field(default=10.0, gt=0, description="As is one that does not read for this long.")
 
+    profiles_memory_bytes: int = Field(
+        default=2**26,
+        ge=0,
+        description="For vectors to identify among; of a tenant with more, all are read each time.",
+    )
     enroll_required_speech_s: float = Field(default=2.0, gt=0)
     prior: float = Field(default=0.5, gt=0, lt=1, description="Prior of the claimed identity, for `probability`.")
 

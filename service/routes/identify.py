@@ -30,16 +30,15 @@ from service.routes.common import (
     runtime_of,
 )
 from service.routes.direct import DirectRoute
-from service.routes.speakers import MODEL_EXAMPLE, check_ready, figures_of, vector_of, voice_of
+from service.routes.speakers import MODEL_EXAMPLE, check_ready, figures_of, voice_of
 from service.runtime import Runtime
 from service.schemas import IdentifiedCandidate, IdentifyAnswer
 from service.speakers import scoring
+from service.speakers.roster import PAGE, Found, Scored, TooManyError, vector_of
 from service.speakers.store import Profile
 
 router = APIRouter(prefix="/v1/speakers", tags=["speakers"], route_class=DirectRoute)
 
-# Profiles that one comparison holds at once, however many there are.
-PAGE = 500
 MOST_NAMED = 1000
 EXAMPLE = {
     "candidates": [
@@ -54,8 +53,6 @@ EXAMPLE = {
     "snr_db": 21.5,
     "model": MODEL_EXAMPLE,
 }
-
-Scored = tuple[str, scoring.Score]
 
 
 @router.post(
@@ -84,8 +81,9 @@ async def identify(
 ) -> Response:
     """Scores are those of verify. The more candidates, the likelier a stranger's best one reaches the threshold.
 
-    `skipped` counts speakers that are still enrolling or were enrolled with another model. Every profile is read
-    for each request, one request at a time: among tens of thousands, name candidates or allow more time.
+    `skipped` counts speakers that are still enrolling or were enrolled with another model. Everyone's vectors are kept
+    in memory, up to a limit, and follow every change; the first request after a start reads them all, and what it has
+    read when its deadline passes, the next need not read.
     """
     runtime, clock = runtime_of(request), clock_of(request)
     deadline = deadline_of(request, runtime.settings)
@@ -97,10 +95,11 @@ async def identify(
             named = list(dict.fromkeys(candidates))
             work = partial(_named, runtime, engine, caller.tenant, named, outputs)
             scored = await runtime.comparing_profiles(work, deadline)
-            best, compared, skipped = _best(top_k, scored), len(scored), 0
+            found = Found(_best(top_k, scored), len(scored), 0)
         else:
-            best, compared, skipped = await _best_of_all(runtime, engine, caller.tenant, outputs, top_k, deadline)
+            found = await _best_of_all(runtime, engine, caller.tenant, outputs, top_k, deadline)
     threshold = engine.speaker.threshold
+    best = found.best
     identified = best[0][0] if best and best[0][1].llr >= threshold else None
     runtime.metrics.identifications.labels("unknown" if identified is None else "identified").inc()
     return answer(
@@ -110,8 +109,8 @@ async def identify(
                 for speaker_id, score in best
             ],
             identified=identified,
-            compared=compared,
-            skipped=skipped,
+            compared=found.compared,
+            skipped=found.skipped,
             threshold=threshold,
             speech_s=round(quality.speech_s, 3),
             snr_db=round(quality.snr_db, 1),
@@ -139,9 +138,22 @@ def _named(runtime: Runtime, engine: Engine, tenant: str, ids: list[str], output
 
 async def _best_of_all(
     runtime: Runtime, engine: Engine, tenant: str, outputs: Outputs, top_k: int, deadline: float
-) -> tuple[list[Scored], int, int]:
-    """The best, how many were compared, and how many could not be. Page by page, so that others get their turn and
-    a deadline can pass in between."""
+) -> Found:
+    """In steps, so that others get their turn and a deadline can pass in between; what was read by then is kept."""
+    step = partial(runtime.rosters.best, tenant, engine, outputs.speaker_embedding, top_k)
+    try:
+        while True:
+            found = await runtime.comparing_profiles(step, deadline)
+            if found is not None:
+                return found
+    except TooManyError:
+        return await _best_by_page(runtime, engine, tenant, outputs, top_k, deadline)
+
+
+async def _best_by_page(
+    runtime: Runtime, engine: Engine, tenant: str, outputs: Outputs, top_k: int, deadline: float
+) -> Found:
+    """Of more than fit into memory: read anew each time."""
 
     def page(after: str) -> tuple[list[Profile], list[Scored]]:
         found = runtime.profiles.list(tenant, after=after, limit=PAGE)
@@ -155,7 +167,7 @@ async def _best_of_all(
         compared += len(scored)
         skipped += len(found) - len(scored)
         if len(found) < PAGE:
-            return best, compared, skipped
+            return Found(best, compared, skipped)
         after = found[-1].speaker_id
 
 

@@ -6,7 +6,6 @@ import base64
 import binascii
 from typing import Annotated, Literal
 
-import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 
 from service.engine import Engine, Outputs
@@ -40,7 +39,8 @@ from service.runtime import Runtime, together
 from service.schemas import Claim, EnrolAnswer, EnrolmentClip, ModelInfo, SpeakerAnswer, SpeakersAnswer, VerifyAnswer
 from service.speakers import scoring
 from service.speakers.enrolment import Candidate, judge
-from service.speakers.store import Array, Enrolment, Profile
+from service.speakers.roster import vector_of
+from service.speakers.store import Enrolment, Profile
 from service.speech import SpeechQuality, measure
 from service.timing import StageClock
 
@@ -226,7 +226,13 @@ async def delete_speaker(request: Request, caller: Enrols, speaker_id: SpeakerId
     """A second delete is 404."""
     runtime = runtime_of(request)
     deadline = deadline_of(request, runtime.settings)
-    if not await runtime.with_profiles(lambda: runtime.profiles.delete(caller.tenant, speaker_id), deadline):
+
+    def remove() -> bool:
+        found = runtime.profiles.delete(caller.tenant, speaker_id)
+        runtime.rosters.forget(caller.tenant, speaker_id)
+        return found
+
+    if not await runtime.with_profiles(remove, deadline):
         raise NotFoundError(f"no speaker {speaker_id!r}")
     return Response(status_code=204)
 
@@ -282,11 +288,6 @@ def figures_of(claimed: scoring.Score, prior: float) -> dict[str, float]:
 def score_against(engine: Engine, profile: Profile, outputs: Outputs) -> scoring.Score:
     """The claim's score."""
     return scoring.score(vector_of(profile), outputs.speaker_embedding, engine.speaker, engine.cohort)
-
-
-def vector_of(profile: Profile) -> Array:
-    """[D], unit length."""
-    return scoring.profile_vector(np.stack([entry.embedding for entry in profile.enrolments]))
 
 
 def _same_model(profile: Profile, engine: Engine) -> tuple[Enrolment, ...]:

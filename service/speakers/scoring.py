@@ -44,12 +44,29 @@ def score(profile: Array, test: Array, info: SpeakerInfo, cohort: Array | None) 
 
 def scores(profiles: Array, test: Array, info: SpeakerInfo, cohort: Array | None) -> list[Score]:
     """One test [D] against many profiles [n, D], all of unit length, in their order."""
+    cosines, llrs = compare(profiles, near(profiles, cohort, info), test, info, cohort)
+    return [Score(float(cosine), float(llr)) for cosine, llr in zip(cosines, llrs, strict=True)]
+
+
+def near(vectors: Array, cohort: Array | None, info: SpeakerInfo) -> Array:
+    """Means and deviations [n, 2] of the cosines of unit vectors [n, D] with their closest cohort speakers; 0 and 1
+    where the bundle has no cohort."""
+    if cohort is None:
+        return np.tile(np.array([0, 1], dtype=np.float32), (len(vectors), 1))
+    against = vectors @ cohort.T
+    top = min(info.cohort_top, len(cohort))
+    closest = np.partition(against, len(cohort) - top, axis=1)[:, len(cohort) - top :]
+    return np.stack([closest.mean(axis=1), np.maximum(closest.std(axis=1), SMALLEST_DEVIATION)], axis=1)
+
+
+def compare(
+    profiles: Array, profiles_near: Array, test: Array, info: SpeakerInfo, cohort: Array | None
+) -> tuple[Array, npt.NDArray[np.float64]]:
+    """One test [D] against many profiles [n, D] whose `near` is known: cosines [n] and log-likelihood ratios [n]."""
     cosines = profiles @ test
-    raw = cosines
-    if cohort is not None:
-        raw = 0.5 * (_normalise(cosines, profiles, cohort, info) + _normalise(cosines, test[None], cohort, info))
-    llr = info.calibration.scale * raw.astype(np.float64) + info.calibration.offset
-    return [Score(float(cosine), float(one)) for cosine, one in zip(cosines, llr, strict=True)]
+    mean, deviation = near(test[None], cohort, info)[0]
+    normalised = 0.5 * ((cosines - profiles_near[:, 0]) / profiles_near[:, 1] + (cosines - mean) / deviation)
+    return cosines, info.calibration.scale * normalised.astype(np.float64) + info.calibration.offset
 
 
 def probability(llr: float, prior: float) -> float:
@@ -58,12 +75,3 @@ def probability(llr: float, prior: float) -> float:
     if log_odds >= 0:
         return 1.0 / (1.0 + math.exp(-log_odds))
     return math.exp(log_odds) / (1.0 + math.exp(log_odds))
-
-
-def _normalise(cosines: Array, sides: Array, cohort: Array, info: SpeakerInfo) -> Array:
-    """`cosines` [n] by the statistics of each side, [n, D] or one [1, D] for all."""
-    against = sides @ cohort.T
-    top = min(info.cohort_top, len(cohort))
-    closest = np.partition(against, len(cohort) - top, axis=1)[:, len(cohort) - top :]
-    normalised: Array = (cosines - closest.mean(axis=1)) / np.maximum(closest.std(axis=1), SMALLEST_DEVIATION)
-    return normalised

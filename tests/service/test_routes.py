@@ -20,6 +20,7 @@ from model_store import LocalStore, Manifest
 from service.app import create_app
 from service.routes import identify
 from service.settings import Settings
+from service.speakers import roster
 from tests.conftest import REPOSITORY, RunningService, Samples, encoded, voice
 
 COMPUTER = (REPOSITORY / "examples" / "computer.wav").read_bytes()
@@ -222,15 +223,17 @@ def test_candidates_that_cannot_be_are_refused(service: RunningService, candidat
     assert (response.status_code, response.json()["code"]) == (422, "invalid_request")
 
 
-def test_all_profiles_are_compared_page_by_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("memory", [0, 2**20], ids=["read each time", "held"])
+def test_all_profiles_are_compared_page_by_page(tmp_path: Path, memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
     clip = encoded(voice(3, seed=5, **ADA))
-    with TestClient(create_app(Settings(data_dir=tmp_path))) as service:
+    with TestClient(create_app(Settings(data_dir=tmp_path, profiles_memory_bytes=memory))) as service:
         for name, pitch in (("ada", ADA), ("bob", BOB), ("cy", {"pitch_hz": 160.0})):
             answer(service.post(f"/v1/speakers/{name}/enrollments", content=encoded(voice(4, **pitch)), headers=WAV))
         whole = answer(service.post(IDENTIFY, content=clip, headers=WAV))
         assert (len(whole["candidates"]), whole["candidates"][0]["speaker_id"]) == (3, "ada")
         for page in (1, 2, 3):
-            monkeypatch.setattr(identify, "PAGE", page)
+            for module in (identify, roster):
+                monkeypatch.setattr(module, "PAGE", page)
             assert answer(service.post(IDENTIFY, content=clip, headers=WAV)) == whole
         first = answer(service.post(IDENTIFY, content=clip, headers=WAV, params={"top_k": 1}))
         assert (first["candidates"], first["compared"]) == (whole["candidates"][:1], 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sqlite3
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -94,16 +95,24 @@ def test_the_first_clip_cannot_contradict_anything() -> None:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> ProfileStore:
+def store(database_url: str) -> Iterator[ProfileStore]:
+    opened = ProfileStore(database_url)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def file_store(tmp_path: Path) -> ProfileStore:
     return ProfileStore(f"sqlite:///{tmp_path}/profiles.sqlite3")
 
 
-def test_what_is_added_is_found_again_after_reopening(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path}/profiles.sqlite3"
-    first = ProfileStore(url)
+def test_what_is_added_is_found_again_after_reopening(database_url: str) -> None:
+    first = ProfileStore(database_url)
     first.add("t", "ada", [enrolment(1, speech_s=1.5), enrolment(0, 1, speech_s=0.5)])
     first.close()
-    profile = ProfileStore(url).get("t", "ada")
+    second = ProfileStore(database_url)
+    profile = second.get("t", "ada")
+    second.close()
     assert profile is not None
     assert profile.speech_s == pytest.approx(2.0)
     assert profile.enrolments[1].embedding == pytest.approx(unit(0, 1))
@@ -128,13 +137,13 @@ def test_listing_goes_on_after_the_last_id(store: ProfileStore) -> None:
     assert [profile.speaker_id for profile in store.list("t", after="ada", limit=1)] == ["bob"]
 
 
-def test_after_deletion_no_byte_of_the_embedding_is_left_on_disk(store: ProfileStore, tmp_path: Path) -> None:
+def test_after_deletion_no_byte_of_the_embedding_is_left_on_disk(file_store: ProfileStore, tmp_path: Path) -> None:
     secret = unit(0.123, 0.456, 0.789).astype("<f4").tobytes()
     for index in range(50):
-        store.add("t", f"other{index}", [enrolment(1)])
-    store.add("t", "secret-speaker", [enrolment(0.123, 0.456, 0.789)] * 5)
+        file_store.add("t", f"other{index}", [enrolment(1)])
+    file_store.add("t", "secret-speaker", [enrolment(0.123, 0.456, 0.789)] * 5)
     assert any(secret in path.read_bytes() for path in tmp_path.iterdir())
-    assert store.delete("t", "secret-speaker") is True
+    assert file_store.delete("t", "secret-speaker") is True
     for path in tmp_path.iterdir():
         content = path.read_bytes()
         assert secret not in content
@@ -152,18 +161,18 @@ def test_first_enrolments_at_once_end_in_one_profile(store: ProfileStore) -> Non
     assert len(profile.enrolments) == 8
 
 
-def test_the_schema_is_stamped_with_its_revision(store: ProfileStore, tmp_path: Path) -> None:
-    store.ping()
+def test_the_schema_is_stamped_with_its_revision(file_store: ProfileStore, tmp_path: Path) -> None:
+    file_store.ping()
     with sqlite3.connect(tmp_path / "profiles.sqlite3") as connection:
         (revision,) = connection.execute("SELECT version_num FROM alembic_version").fetchone()
     connection.close()
-    assert revision == "0001"
+    assert revision == "0002"
 
 
-def test_a_database_that_cannot_be_written_is_a_typed_error(store: ProfileStore, tmp_path: Path) -> None:
+def test_a_database_that_cannot_be_written_is_a_typed_error(file_store: ProfileStore, tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "profiles.sqlite3") as connection:
         connection.execute("DROP TABLE enrolments")
     connection.close()
     with pytest.raises(StorageUnavailableError) as failed:
-        store.add("t", "ada", [enrolment(1)])
+        file_store.add("t", "ada", [enrolment(1)])
     assert failed.value.retry_after_s == pytest.approx(2.0)

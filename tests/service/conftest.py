@@ -1,0 +1,56 @@
+"""Databases for profiles: a file, and a PostgreSQL server that these tests start for themselves."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import psycopg
+import pytest
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """URL of a server, without a database's name."""
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    if not programs:
+        pytest.skip("needs a PostgreSQL server (Debian package postgresql)")
+    # It refuses to run as root.
+    other = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+    folder = Path(tempfile.mkdtemp(prefix="sotto-postgres-"))
+    if other:
+        shutil.chown(folder, "postgres")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def run(program: str, *arguments: str) -> None:
+        command = [*other, str(programs[-1] / program), "-D", str(folder / "data"), *arguments]
+        # Not captured: the server would inherit the pipe, and nobody would see its end.
+        with (folder / "log").open("a") as log:
+            subprocess.run(command, check=True, cwd=folder, stdout=log, stderr=log)
+
+    try:
+        run("initdb", "--auth=trust", "--username=postgres", "--no-sync")
+        run("pg_ctl", "start", "--wait", "-o", f"-p {port} -c listen_addresses=127.0.0.1 -k '' -c fsync=off")
+        yield f"postgresql+psycopg://postgres@127.0.0.1:{port}"
+        run("pg_ctl", "stop", "--wait", "--mode=immediate")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Of an empty database."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/profiles.sqlite3"
+    server, name = request.getfixturevalue("postgres"), f"test_{uuid4().hex}"
+    with psycopg.connect(server.replace("+psycopg", "") + "/postgres", autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    return f"{server}/{name}"
