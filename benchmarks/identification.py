@@ -40,8 +40,8 @@ def identify(setting: Setting) -> list[str]:
         "",
         f"Whose voice is in stretches of {VOICE.name}, among people with one vector each, drawn at random, in SQLite: "
         f"milliseconds of the first request, and of the {REQUESTS} after it, one at a time; of the request after a "
-        "clip was enrolled; and where every profile is read for each request (`SOTTO_PROFILES_MEMORY_BYTES=0`). Recall: how "
-        f"often the first candidate is that of an exact search in float64, for {EXACT} of them.",
+        "clip was enrolled; and where every profile is read for each request (`SOTTO_PROFILES_MEMORY_BYTES=0`). "
+        f"Recall: how often the first candidate is that of an exact search in float64, for {EXACT} of them.",
         "",
         "| people | recall@1 | first | p50 | p99 | after an enrolment | p50 without memory | resident MB |",
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",

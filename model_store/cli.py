@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from model_store.errors import StoreError
+from model_store.manifest import Manifest
 from model_store.reference import check_alias
 from model_store.store import MANIFEST, Bundle, LocalStore, builtin_store_path, open_bundle
-from model_store.verify import verify_bundle
+from model_store.verify import check_space, verify_bundle
 
 app = typer.Typer(no_args_is_help=True, help="Versioned model bundles.")
 console = Console()
@@ -44,17 +45,24 @@ def show(model: str, store: Store = BUILTIN) -> None:
     console.print_json(json.dumps({"digest": bundle.digest, **bundle.manifest.model_dump(mode="json")}))
 
 
+Space = Annotated[
+    str | None,
+    typer.Option("--space", help="Published version, NAME@3, with which speakers' profiles are shared; checked."),
+]
+
+
 @app.command()
-def publish(folder: Path, store: Store = BUILTIN, alias: str | None = None) -> None:
+def publish(folder: Path, store: Store = BUILTIN, alias: str | None = None, space: Space = None) -> None:
     """Verify the bundle in FOLDER, add it to the store under the next version, and print that."""
     try:
         if alias is not None:
             check_alias(alias)
         draft = open_bundle(folder)
         verify_bundle(draft)
-        files = {name: draft.read(name) for name in draft.manifest.files}
         local = LocalStore(store)
-        published = local.publish(draft.manifest, files)
+        manifest = draft.manifest if space is None else _in_space(draft, local.resolve(space))
+        files = {name: draft.read(name) for name in manifest.files}
+        published = local.publish(manifest, files)
         if alias is not None:
             local.set_alias(published.manifest.name, alias, published.manifest.version)
     except StoreError as error:
@@ -83,6 +91,14 @@ def verify(model: str, store: Store = BUILTIN) -> None:
     except StoreError as error:
         raise _refused(error) from error
     typer.echo(f"{bundle.manifest.name}@{bundle.manifest.version} is sound: {bundle.digest}")
+
+
+def _in_space(draft: Bundle, other: Bundle) -> Manifest:
+    """Raises BundleError."""
+    check_space(draft, other)
+    assert draft.manifest.speaker is not None
+    speaker = draft.manifest.speaker.model_copy(update={"space": other.manifest.speaker_space})
+    return draft.manifest.model_copy(update={"speaker": speaker})
 
 
 def _resolve(store: Path, model: str) -> Bundle:

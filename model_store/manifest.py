@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
+VERSION_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}@[1-9][0-9]{0,8}$"
 # One path component: no slash, no leading dot, nothing a shell or a URL would read otherwise.
 FILE_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$"
 LABEL_PATTERN = r"^[a-z]{2,3}(-[A-Za-z0-9]{2,8})*:\S(.{0,62}\S)?$"
@@ -119,6 +120,8 @@ class SpeakerInfo(_Strict):
     threshold: Finite
     cohort_file: FileName | None = None
     cohort_top: int = Field(default=100, gt=1)
+    # The version whose embeddings these are, where only arithmetic or layout differ: they share profiles. None: itself.
+    space: str | None = Field(default=None, pattern=VERSION_PATTERN)
 
 
 class EmbeddingInfo(_Strict):
@@ -184,6 +187,12 @@ class Manifest(_Strict):
         if "manifest.json" in self.files:
             raise ValueError("files must not list manifest.json itself")
         return self
+
+    @property
+    def speaker_space(self) -> str:
+        """The version whose speaker embeddings this one's can be compared with, its own unless it says so."""
+        own = f"{self.name}@{self.version}"
+        return own if self.speaker is None or self.speaker.space is None else self.speaker.space
 
     def to_json(self) -> str:
         """The text written to disk: stable order, readable, one trailing newline."""

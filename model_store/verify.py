@@ -20,6 +20,8 @@ NEIGHBOUR_GAINS = (1.0, 8.0, 0.001)
 STREAM_CHUNKS = (1, 5, 40)
 # How far a unit vector's length may be from 1: far above float32 rounding, far below what moves a score.
 UNIT_TOLERANCE = 1e-3
+# Least cosine between what two versions make of one clip for their profiles to be shared. Eight bits come to 0.99.
+SAME_SPACE = 0.95
 
 
 def verify_bundle(bundle: Bundle) -> None:
@@ -48,6 +50,23 @@ def verify_bundle(bundle: Bundle) -> None:
         hop = round(bundle.manifest.keywords.frame_hop_s * bundle.manifest.audio.sample_rate_hz)
         streaming = StreamingGraph(_session(contents[stream.file]), stream, hop=hop)
         _check_stream(streaming, waveform, expected["keyword_logits"], exactly=exactly)
+
+
+def check_space(draft: Bundle, other: Bundle) -> None:
+    """That `other` gives the draft's golden clip the speaker embedding that the draft gives it, nearly: those of
+    networks that were trained apart have nothing to do with each other. Raises BundleError."""
+    waveform, expected = golden.unpack(draft.read(draft.manifest.golden_file), outputs_of(draft.manifest))
+    if SPEAKER not in expected or SPEAKER not in outputs_of(other.manifest):
+        raise BundleError("only models that tell speakers apart share profiles")
+    graph = other.read(other.manifest.graph.file)
+    check_graph(graph, other.manifest)
+    found = _run(_session(graph), [waveform], [SPEAKER])[SPEAKER][0]
+    if found.shape != expected[SPEAKER].shape:
+        raise BundleError(f"speaker embeddings have {len(expected[SPEAKER])} and {len(found)} values")
+    cosine = float(found @ expected[SPEAKER])
+    if not cosine >= SAME_SPACE:
+        name = f"{other.manifest.name}@{other.manifest.version}"
+        raise BundleError(f"its speaker embeddings are not those of {name}: cosine {cosine:.3f}, needed {SAME_SPACE}")
 
 
 def _check_listing(bundle: Bundle) -> None:

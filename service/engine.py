@@ -113,6 +113,12 @@ class Engine:
         assert self.manifest.speaker is not None
         return self.manifest.speaker
 
+    @property
+    def space(self) -> tuple[str, int]:
+        """The model, by name and version, under which speakers are enrolled; several versions may share it."""
+        name, _, version = self.manifest.speaker_space.partition("@")
+        return name, int(version)
+
     def run(self, waveforms: Sequence[Waveform], part: Part = "all") -> list[Outputs]:
         """One graph call for all clips, padded to the longest; results do not depend on the neighbours."""
         lengths = np.array([len(waveform.samples) for waveform in waveforms], dtype=np.int64)

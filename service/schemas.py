@@ -207,6 +207,7 @@ class ModelVersion(_Answer):
     parameters: int
     keywords: int
     tasks: list[Literal["keywords", "speaker", "embedding"]]
+    speaker_space: str | None = Field(description="Versions in which this is the same share speakers' profiles.")
     metrics: list[dict[str, Any]]
 
 

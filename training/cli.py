@@ -260,6 +260,9 @@ def evaluate(
     api_key: Annotated[str | None, typer.Option(envvar="SOTTO_EVALUATE_KEY")] = None,
     peers: Annotated[Path, typer.Option(help="Python with the peers (make peers).")] = Path(".venv-peers/bin/python"),
     json_out: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
+    enrolled_by: Annotated[
+        str | None, typer.Option(help="Published version that enrols the speakers, NAME@3: do its profiles serve?")
+    ] = None,
     record: Annotated[bool, typer.Option(help="Write figures and model card into the draft BUNDLE.")] = False,
     robust: Annotated[
         bool, typer.Option(help="Instead of the rows: asc and sv over unseen noise and rooms, as table and heat map.")
@@ -283,9 +286,13 @@ def evaluate(
 
     if robust and (row or record):
         raise failed(MeasurementError("--robust has rows of its own and records nothing: leave out --row and --record"))
+    if enrolled_by and record:
+        raise failed(MeasurementError("--enrolled-by is for a look; what is recorded is of one model"))
     with told():
         found = _find(bundle, data)
-        context = served(found.path) if url is None else nullcontext(ServiceClient(url, api_key))
+        other = None if enrolled_by is None or url is not None else _find(enrolled_by, data)
+        running = None if url is None else ServiceClient(url, api_key, enrolled_by)
+        context = served(found.path, other) if running is None else nullcontext(running)
         with context as client:
             tables = read_data(data)
             if robust:

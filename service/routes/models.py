@@ -32,6 +32,7 @@ MODEL_EXAMPLE = {
             "parameters": 1798673,
             "keywords": 112,
             "tasks": ["keywords", "speaker", "embedding"],
+            "speaker_space": "sotto-edge@1",
             "metrics": [],
         }
     ],
@@ -129,6 +130,7 @@ def _describe(runtime: Runtime, name: str) -> ModelAnswer:
                 parameters=manifest.graph.parameters,
                 keywords=len(manifest.keywords.labels),
                 tasks=list(tasks_of(manifest)),
+                speaker_space=None if manifest.speaker is None else manifest.speaker_space,
                 metrics=[metric.model_dump() for metric in manifest.metrics],
             )
         )

@@ -102,11 +102,12 @@ async def enrol(request: Request, caller: Enrols, speaker_id: SpeakerId, model: 
         profile = runtime.profiles.get(caller.tenant, speaker_id)
         before = [] if profile is None else [entry.embedding for entry in _same_model(profile, engine)]
         info, cohort = engine.speaker, engine.cohort
+        model_name, model_version = engine.space
         verdicts = judge(candidates, before, info, cohort)
         accepted = [
             Enrolment(
-                model_name=engine.manifest.name,
-                model_version=engine.manifest.version,
+                model_name=model_name,
+                model_version=model_version,
                 embedding=candidate.embedding,
                 speech_s=candidate.quality.speech_s,
                 snr_db=candidate.quality.snr_db,
@@ -291,13 +292,13 @@ def score_against(engine: Engine, profile: Profile, outputs: Outputs) -> scoring
 
 
 def _same_model(profile: Profile, engine: Engine) -> tuple[Enrolment, ...]:
-    own = (engine.manifest.name, engine.manifest.version)
+    own = engine.space
     strange = {(entry.model_name, entry.model_version) for entry in profile.enrolments} - {own}
     if strange:
         name, version = sorted(strange)[0]
         raise ModelMismatchError(
-            f"{profile.speaker_id}: the profile was made by {name}@{version}, this is {own[0]}@{own[1]}, and enrolment "
-            "audio is not kept; delete the speaker and enrol again"
+            f"{profile.speaker_id}: the profile is one of {name}@{version}, this model's are those of "
+            f"{own[0]}@{own[1]}, and enrolment audio is not kept; delete the speaker and enrol again"
         )
     return profile.enrolments
 

@@ -47,7 +47,7 @@ class Roster:
 
     def __init__(self, engine: Engine, required_speech_s: float) -> None:
         self._engine = engine
-        self._own = {(engine.manifest.name, engine.manifest.version)}
+        self._own = {engine.space}
         self._required_s = required_speech_s
         self._forget_all()
 

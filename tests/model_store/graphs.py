@@ -20,9 +20,9 @@ SHORT_VECTORS = "short vectors"
 RANK = "rank"
 
 
-def graph(*, spoil: str = "", outputs: Sequence[onnx.ValueInfoProto] | None = None) -> onnx.ModelProto:
+def graph(*, seed: int = 3, spoil: str = "", outputs: Sequence[onnx.ValueInfoProto] | None = None) -> onnx.ModelProto:
     """Frames of 640 samples, projected; sums over time, made unit vectors."""
-    rng = np.random.default_rng(3)
+    rng = np.random.default_rng(seed)
     weights = {
         "to_logits": rng.standard_normal((LABELS, 1, HOP)) / HOP,
         "to_frames": rng.standard_normal((DIM, 1, HOP)) / HOP,

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from model_store import Bundle, LocalStore
 from model_store.cli import app
-from tests.model_store.bundles import Draft
+from tests.model_store.bundles import Draft, draft_of
+from tests.model_store.graphs import graph
 
 
 @pytest.fixture(autouse=True)
@@ -114,6 +115,22 @@ def test_publish_of_a_draft_that_does_not_verify_adds_no_version(
 def test_publish_with_a_bad_alias_adds_no_version(store: LocalStore, bundle: Bundle) -> None:
     refused(models(store, "publish", bundle.path, "--alias", "Production"), "must be lower-case")
     assert store.names() == []
+
+
+def test_publish_into_the_space_of_a_version_with_the_same_embeddings(two: LocalStore, bundle: Bundle) -> None:
+    assert models(two, "publish", bundle.path, "--space", "tiny@2").stdout == "tiny@3\n"
+    # Whose profiles those are stays the same however often it is done again.
+    assert models(two, "publish", bundle.path, "--space", "tiny@3").stdout == "tiny@4\n"
+    assert [two.resolve(f"tiny@{version}").manifest.speaker_space for version in (1, 2, 3, 4)] == [
+        "tiny@1", "tiny@2", "tiny@2", "tiny@2"
+    ]  # fmt: skip
+
+
+def test_publish_into_the_space_of_another_network_adds_no_version(two: LocalStore, tmp_path: Path) -> None:
+    other = draft_of(graph(seed=4).SerializeToString()).write(tmp_path / "other")
+    refused(models(two, "publish", other.path, "--space", "tiny"), "its speaker embeddings are not those of tiny@1")
+    refused(models(two, "publish", other.path, "--space", "tiny@9"), "'tiny' has no version 9")
+    assert two.versions("tiny") == [1, 2]
 
 
 def test_publish_of_a_folder_without_a_bundle(store: LocalStore, tmp_path: Path) -> None:

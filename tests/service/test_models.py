@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
@@ -182,3 +183,30 @@ def test_no_request_is_lost_while_the_alias_moves(store: LocalStore, tmp_path: P
         stop_service(service)
     assert {status for status, _ in answers} == {200}
     assert {number for _, number in answers} == {1, 2, 3}
+
+
+def test_versions_of_one_space_share_their_profiles(client: TestClient, store: LocalStore) -> None:
+    bundle = store.resolve(NAME)
+    assert bundle.manifest.speaker is not None
+    speaker = bundle.manifest.speaker.model_copy(update={"space": f"{NAME}@1"})
+    manifest = bundle.manifest.model_copy(update={"speaker": speaker})
+    store.publish(manifest, {name: bundle.read(name) for name in manifest.files})
+    voiced = encoded(voice(4.0))
+
+    def post(what: str, number: int) -> dict[str, Any]:
+        path = f"/v1/speakers/{what}"
+        response = client.post(path, params={"model": f"{NAME}@{number}"}, content=voiced, headers=WAV)
+        return {"status": response.status_code, **response.json()}
+
+    assert [post("ada/enrollments", number)["enrollments"] for number in (1, 4)] == [1, 2]
+    first, second = (post("ada/verify", number) for number in (1, 4))
+    assert (first["status"], second["status"], second["model"]["version"]) == (200, 200, 4)
+    assert second["score"] == pytest.approx(first["score"], abs=1e-3)
+    assert post("identify", 4)["candidates"][0]["score"] == second["score"]
+    spaces = {one["version"]: one["speaker_space"] for one in client.get(f"/v1/models/{NAME}").json()["versions"]}
+    assert spaces == {number: f"{NAME}@{1 if number == 4 else number}" for number in (1, 2, 3, 4)}
+    assert client.get("/v1/speakers/ada").json()["models"] == [{"name": NAME, "version": 1}]
+    strange = post("ada/verify", 2)
+    assert (strange["status"], strange["code"]) == (409, "model_mismatch")
+    assert f"one of {NAME}@1" in strange["detail"]
+    assert post("identify", 2)["skipped"] == 1

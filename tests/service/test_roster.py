@@ -31,9 +31,8 @@ def model(digest: str = "m", cohort: np.ndarray | None = COHORT) -> Engine:
     info = SpeakerInfo(
         dim=DIM, calibration=Calibration(scale=10.0, offset=-5.0, fitted_on="these tests"), threshold=0.0, cohort_top=3
     )
-    own = SimpleNamespace(name="m", version=1)
     bundle = SimpleNamespace(digest=digest)
-    return cast(Engine, SimpleNamespace(speaker=info, cohort=cohort, bundle=bundle, manifest=own))
+    return cast(Engine, SimpleNamespace(speaker=info, cohort=cohort, bundle=bundle, space=("m", 1)))
 
 
 def rosters_of(store: ProfileStore, most_bytes: int = LOTS, **options: Any) -> Rosters:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from model_store import LocalStore
+from model_store import Bundle, LocalStore
 from model_store.store import open_bundle
 from training.errors import MeasurementError
 
@@ -44,9 +44,10 @@ class Upload:
 
 
 class ServiceClient:
-    """Talks to one service; safe from several threads."""
+    """Talks to one service; safe from several threads. `enrolled_by` names another model that enrols speakers."""
 
-    def __init__(self, url: str, api_key: str | None = None) -> None:
+    def __init__(self, url: str, api_key: str | None = None, enrolled_by: str | None = None) -> None:
+        self._enrolling = {} if enrolled_by is None else {"model": enrolled_by}
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self.url = url.rstrip("/")
         limits = httpx.Limits(keepalive_expiry=KEEP_ALIVE_S)
@@ -77,7 +78,9 @@ class ServiceClient:
     def enrol(self, speaker_id: str, uploads: Sequence[Upload]) -> dict[str, Any]:
         """The answer of enrollments, all clips in one request."""
         files = [("audio", (f"{index}", upload.data, upload.content_type)) for index, upload in enumerate(uploads)]
-        return self._json(self._http.post(f"/v1/speakers/{speaker_id}/enrollments", files=files))
+        return self._json(
+            self._http.post(f"/v1/speakers/{speaker_id}/enrollments", files=files, params=self._enrolling)
+        )
 
     def compare(self, upload: Upload, speaker_ids: Sequence[str]) -> dict[str, dict[str, Any]] | None:
         """The clip's score against each of these profiles, or None where the service finds no speech in it."""
@@ -132,8 +135,9 @@ class ServiceClient:
 
 
 @contextmanager
-def served(bundle: Path) -> Iterator[ServiceClient]:
-    """Serve the bundle in `bundle` (published or draft) from a store of its own, with empty profiles.
+def served(bundle: Path, enrolled_by: Bundle | None = None) -> Iterator[ServiceClient]:
+    """Serve the bundle in `bundle` (published or draft) from a store of its own, with empty profiles; with
+    `enrolled_by`, both under the numbers that they were published with.
 
     Raises MeasurementError when the service does not come up.
     """
@@ -141,14 +145,18 @@ def served(bundle: Path) -> Iterator[ServiceClient]:
     try:
         found = open_bundle(bundle)
         store = LocalStore(work / "store")
-        store.publish(found.manifest, {name: found.read(name) for name in found.manifest.files})
+        model, other = found.manifest.name, None
+        if enrolled_by is None:
+            store.publish(found.manifest, {name: found.read(name) for name in found.manifest.files})
+        else:
+            model, other = (_as_published(one, store) for one in (found, enrolled_by))
         port = free_port()
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SOTTO_")}
         environment |= {
             "SOTTO_PORT": str(port),
             "SOTTO_DATA_DIR": str(work / "data"),
             "SOTTO_MODELS_DIR": str(store.root),
-            "SOTTO_MODEL": found.manifest.name,
+            "SOTTO_MODEL": model,
             "SOTTO_LOG_LEVEL": "warning",
             "SOTTO_REQUEST_TIMEOUT_S": "60",
         }
@@ -156,7 +164,7 @@ def served(bundle: Path) -> Iterator[ServiceClient]:
         with (work / "log").open("w") as log:
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
         try:
-            client = ServiceClient(f"http://127.0.0.1:{port}")
+            client = ServiceClient(f"http://127.0.0.1:{port}", enrolled_by=other)
             _wait_until_ready(client, process, work / "log")
             yield client
             client.close()
@@ -165,6 +173,15 @@ def served(bundle: Path) -> Iterator[ServiceClient]:
             process.wait(30)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _as_published(bundle: Bundle, store: LocalStore) -> str:
+    """Raises MeasurementError."""
+    manifest = bundle.manifest
+    if not manifest.version:
+        raise MeasurementError(f"{bundle.path} has not been published, so nobody could be enrolled for it by another")
+    shutil.copytree(bundle.path, store.root / manifest.name / str(manifest.version), dirs_exist_ok=True)
+    return f"{manifest.name}@{manifest.version}"
 
 
 def free_port() -> int:
