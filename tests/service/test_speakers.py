@@ -169,6 +169,15 @@ def test_the_schema_is_stamped_with_its_revision(file_store: ProfileStore, tmp_p
     assert revision == "0002"
 
 
+def test_a_database_of_a_newer_version_is_refused_by_name(file_store: ProfileStore, tmp_path: Path) -> None:
+    file_store.close()
+    with sqlite3.connect(tmp_path / "profiles.sqlite3") as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+    connection.close()
+    with pytest.raises(StorageUnavailableError, match="newer version \\(9999\\)"):
+        ProfileStore(f"sqlite:///{tmp_path}/profiles.sqlite3")
+
+
 def test_a_database_that_cannot_be_written_is_a_typed_error(file_store: ProfileStore, tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "profiles.sqlite3") as connection:
         connection.execute("DROP TABLE enrolments")
