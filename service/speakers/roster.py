@@ -27,6 +27,8 @@ PAGE = 1000
 UNUSED_S = 300.0
 # A speaker's id and places in lists and dictionaries, beside the vectors.
 OVERHEAD_BYTES = 300
+# By which factor room grows.
+SPARE = 1.125
 NEVER = -1
 BEGINNING = Place(NEVER, 0)
 
@@ -43,21 +45,22 @@ class Found:
 
 
 class Roster:
-    """Of one tenant and one model. One thread at a time."""
+    """Of one tenant and one model, with room for so many. One thread at a time."""
 
-    def __init__(self, engine: Engine, required_speech_s: float) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, required_speech_s: float, room: int) -> None:
+        # Not the engine itself, which may be unloaded meanwhile.
+        self._info, self._cohort = engine.speaker, engine.cohort
         self._own = {engine.space}
         self._required_s = required_speech_s
-        self._forget_all()
+        self._forget_all(room)
 
-    def _forget_all(self) -> None:
+    def _forget_all(self, room: int) -> None:
         self._ids: list[str] = []
         self._rows: dict[str, int] = {}
         self._skipped: set[str] = set()
-        # Room for more; the first `len(self._ids)` rows are in use.
-        self._vectors = np.empty((0, self._engine.speaker.dim), dtype=np.float32)
-        self._near = np.empty((0, 2), dtype=np.float32)
+        # The first `len(self._ids)` rows are in use.
+        self._vectors = np.zeros((room, self._info.dim), dtype=np.float32)
+        self._near = np.zeros((room, 2), dtype=np.float32)
         self._place = BEGINNING
         self._revision = NEVER
 
@@ -72,7 +75,7 @@ class Roster:
         revision = store.revision(tenant)
         if revision < self._revision:
             # Another database, or one from a backup.
-            self._forget_all()
+            self._forget_all(len(self._ids))
         if revision == self._revision:
             return True
         page = store.changes(tenant, after=self._place, limit=PAGE)
@@ -89,9 +92,8 @@ class Roster:
 
     def best(self, test: Array, top_k: int) -> Found:
         """The `top_k` with the highest scores for one test [D] of unit length; equal ones in order of their ids."""
-        count, engine = len(self._ids), self._engine
-        vectors, close = self._vectors[:count], self._near[:count]
-        cosines, llrs = compare(vectors, close, test, engine.speaker, engine.cohort)
+        count = len(self._ids)
+        cosines, llrs = compare(self._vectors[:count], self._near[:count], test, self._info, self._cohort)
         likely = np.arange(count)
         if top_k < count:
             least = np.partition(llrs, count - top_k)[count - top_k]
@@ -122,11 +124,11 @@ class Roster:
             return
         first, count = len(self._ids), len(self._ids) + len(kept)
         if count > len(self._vectors):
-            room = max(count, len(self._vectors) * 3 // 2)
+            room = max(count, int(len(self._vectors) * SPARE))
             self._vectors, self._near = _grown(self._vectors, room), _grown(self._near, room)
-        vectors = _vectors(kept, self._engine.speaker.dim)
+        vectors = _vectors(kept, self._info.dim)
         self._vectors[first:count] = vectors
-        self._near[first:count] = near(vectors, self._engine.cohort, self._engine.speaker)
+        self._near[first:count] = near(vectors, self._cohort, self._info)
         for change in kept:
             self._rows[change.speaker_id] = len(self._ids)
             self._ids.append(change.speaker_id)
@@ -168,9 +170,11 @@ class Rosters:
             now = self._clock()
             held = self._held.get(key)
             if held is None:
-                if self._store.count(tenant) * bytes_each(engine) > self._most_bytes:
+                room = self._store.count(tenant)
+                # A roster that has to grow must fit as well, or it would be read in vain.
+                if room * SPARE * bytes_each(engine) > self._most_bytes:
                     raise TooManyError
-                held = self._held[key] = _Held(Roster(engine, self._required_s), now)
+                held = self._held[key] = _Held(Roster(engine, self._required_s, room), now)
             held.used = now
             self._held.move_to_end(key)
             complete = held.roster.catch_up(self._store, tenant)

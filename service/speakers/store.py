@@ -157,7 +157,11 @@ class ProfileStore:
         if self._sqlite:
             event.listen(self._engine, "connect", _configure_sqlite)
             event.listen(self._engine, "begin", _begin)
-        # Same pool; its transactions take SQLite's write lock from their start.
+        # Same pool. What takes two questions is to see one moment; SQLite's transactions do by themselves.
+        self._reader = (
+            self._engine if self._sqlite else self._engine.execution_options(isolation_level="REPEATABLE READ")
+        )
+        # Likewise; its transactions take SQLite's write lock from their start.
         self._writer = self._engine.execution_options(sotto_writes=True)
         with _translated():
             _migrate(self._writer)
@@ -204,13 +208,13 @@ class ProfileStore:
 
     def list(self, tenant: str, *, after: str, limit: int) -> list[Profile]:
         """Up to `limit` profiles whose id sorts after `after`."""
-        with _translated(), Session(self._engine) as session:
+        with _translated(), Session(self._reader) as session:
             query = select(SpeakerRow.id).where(SpeakerRow.tenant == tenant, SpeakerRow.speaker_id > after)
             return _read(session, query, SpeakerRow.speaker_id, limit)
 
     def named(self, tenant: str, speaker_ids: Sequence[str]) -> builtins.list[Profile]:
         """Those of these speakers that there are, in order of their ids."""
-        with _translated(), Session(self._engine) as session:
+        with _translated(), Session(self._reader) as session:
             query = select(SpeakerRow.id).where(SpeakerRow.tenant == tenant, SpeakerRow.speaker_id.in_(speaker_ids))
             return _read(session, query, SpeakerRow.speaker_id)
 
@@ -309,8 +313,6 @@ def _read(
     return [
         Profile(speaker_id, _aware(created_at), _aware(updated_at), tuple(enrolments[row]))
         for row, speaker_id, created_at, updated_at in people
-        # Deleted between the two.
-        if row in enrolments
     ]
 
 

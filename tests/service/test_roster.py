@@ -162,7 +162,7 @@ def test_what_is_unchanged_is_not_read_again(
 
 def test_more_than_fit_are_refused_before_they_are_read(stores: tuple[ProfileStore, ProfileStore]) -> None:
     store, rng = stores[0], np.random.default_rng(6)
-    rosters = rosters_of(store, 3 * bytes_each(model()))
+    rosters = rosters_of(store, round(3.5 * bytes_each(model())))
     for number in range(3):
         store.add("t", f"s{number}", [clip(rng)])
     assert asked(rosters, model(), vector(rng)).compared == 3
