@@ -133,9 +133,12 @@ class Runtime:
         cpus = available_cpus()
         if not is_available(settings.provider):
             raise StoreError(f"SOTTO_PROVIDER={settings.provider}: this ONNX Runtime cannot; install onnxruntime-gpu")
-        self.models.start()
+        with ThreadPoolExecutor(1) as beside:
+            # Most of it waits or imports; the probe after both wants the machine to itself.
+            opening = beside.submit(ProfileStore, settings.profiles_url)
+            self.models.start()
+            self.profiles = opening.result()
         callers = self._choose_threads(cpus)
-        self.profiles = ProfileStore(settings.profiles_url)
         self.rosters = Rosters(
             self.profiles,
             required_speech_s=settings.enroll_required_speech_s,
