@@ -30,6 +30,9 @@ DataRoot = Annotated[Path | None, typer.Option("--data", help="Folder with manif
 RunFolder = Annotated[Path | None, typer.Option("--run", help="Run folder; default runs/NAME.")]
 CacheFolder = Annotated[Path, typer.Option("--cache", help="Decoded audio is kept here.")]
 Only = Annotated[list[str] | None, typer.Option(help="Only these rows, and those they begin with or stand against.")]
+TeacherFolder = Annotated[
+    Path | None, typer.Option("--teacher", help="A folder that `sotto pretrain` made, instead of making one.")
+]
 StopAfter = Annotated[int | None, typer.Option(help="Stop at this step; the same command goes on.")]
 
 
@@ -63,9 +66,12 @@ def pretrain(
     cache: CacheFolder = Path(".cache"),
     stop_after: StopAfter = None,
     data: DataRoot = None,
+    publish: Annotated[
+        Path | None, typer.Option(help="Also put it here in half precision, with a file that says how it was made.")
+    ] = None,
 ) -> None:
     """Make a teacher from audio without labels, by masked prediction as RECIPE says (HuBERT)."""
-    from training.pretrain import PretrainRecipe
+    from training.pretrain import PretrainRecipe, publish_teacher
     from training.pretrain import pretrain as run_pretraining
     from training.recipe import read_recipe
 
@@ -73,6 +79,8 @@ def pretrain(
         loaded = read_recipe(recipe, PretrainRecipe)
         loaded = loaded.model_copy(update={"data": data or loaded.data})
         folder = run_pretraining(loaded, run or Path("runs") / loaded.name, cache, stop_after=stop_after)
+        if publish is not None and stop_after is None:
+            publish_teacher(folder, publish)
     console.print(f"teacher: {folder}")
 
 
@@ -186,18 +194,20 @@ def study(
     data: DataRoot = None,
     split: Annotated[str, typer.Option(help="Split to report on.")] = "dev",
     only: Only = None,
+    teacher: TeacherFolder = None,
 ) -> None:
     """Make a teacher, students from it in the ways that RECIPE lists, measure them all, and write a page."""
     from training.evaluation.page import write_page
     from training.plan import load_study, only_rows
-    from training.study import Setting, run_study
+    from training.rows import Setting
+    from training.study import run_study
 
     with told():
         loaded = load_study(recipe)
         if only:
             loaded, _ = only_rows(loaded, [], only)
         folder = run or Path("runs") / loaded.name
-        setting = Setting(folder, cache, split, command_line(), say, data, part=bool(only))
+        setting = Setting(folder, cache, split, command_line(), say, data, part=bool(only), teacher=teacher)
         out = page or (folder / "some.md" if only else RESULTS / f"{loaded.name}.md")
         write_page(run_study(loaded, setting), out)
     console.print(f"page: {out}")
@@ -215,18 +225,25 @@ def compare(
     data: DataRoot = None,
     split: Annotated[str, typer.Option(help="Split to report on.")] = "dev",
     only: Only = None,
+    teacher: TeacherFolder = None,
+    kept: Annotated[
+        Path | None, typer.Option(help="Figures of each row stay in this folder, and are not made again elsewhere.")
+    ] = None,
 ) -> None:
     """Train several studies of one teacher under one budget, measure them side by side, and write a page."""
     from training.evaluation.page import write_page
     from training.plan import Budget, join_studies, load_study, only_rows, under
-    from training.study import Setting, run_study
+    from training.rows import Setting
+    from training.study import run_study
 
     with told():
         joined, sections = join_studies([load_study(recipe) for recipe in recipes])
         if only:
             joined, sections = only_rows(joined, sections, only)
         steps = Budget.parse(budget)
-        setting = Setting(run, cache, split, command_line(), say, data, steps, noisy=True, part=bool(only))
+        setting = Setting(
+            run, cache, split, command_line(), say, data, steps, noisy=True, part=bool(only), teacher=teacher, kept=kept
+        )
         out = page or (run / "some.md" if only else RESULTS / "papers.md")
         write_page(run_study(under(steps, joined), setting, sections), out)
     console.print(f"page: {out}")

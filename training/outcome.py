@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from training.errors import RecipeError
 from training.evaluation.report import Figure, Report
@@ -23,6 +24,9 @@ class Measured:
     error: str = ""
     # The row that it is compared with; default: the reference.
     against: str = ""
+    # Where it was trained and measured, and by which revision of the code.
+    made_on: str = ""
+    revision: str = ""
 
     def value(self, name: str) -> float:
         return Report("", "", "", self.figures).value(name)
@@ -77,22 +81,21 @@ class Outcome:
         if not path.is_file():
             raise RecipeError(f"{folder} holds no figures; `sotto study` makes them")
         stored = json.loads(path.read_text(encoding="utf-8"))
-        rows = {
-            name: Measured(
-                row["title"],
-                [Figure(**figure) for figure in row["figures"]],
-                {curve: [(float(x), float(y)) for x, y in points] for curve, points in row["det"].items()},
-                row["error"],
-                row.get("against", ""),
-            )
-            for name, row in stored.pop("rows").items()
-        }
+        rows = {name: measured_of(row) for name, row in stored.pop("rows").items()}
         sections = [Section(**section) for section in stored.pop("sections", [])]
-        shared = [
-            Shared(**{**one, "alike": [(first, second, float(value)) for first, second, value in one["alike"]]})
-            for one in stored.pop("shared", [])
-        ]
+        shared = [shared_of(one) for one in stored.pop("shared", [])]
         return cls(**stored, rows=rows, sections=sections, shared=shared)
 
     def write(self, folder: Path) -> None:
         write_json(asdict(self), folder / FIGURES)
+
+
+def measured_of(stored: dict[str, Any]) -> Measured:
+    """From what `asdict` made of it."""
+    det = {curve: [(float(x), float(y)) for x, y in points] for curve, points in stored["det"].items()}
+    return Measured(**{**stored, "figures": [Figure(**figure) for figure in stored["figures"]], "det": det})
+
+
+def shared_of(stored: dict[str, Any]) -> Shared:
+    """From what `asdict` made of it."""
+    return Shared(**{**stored, "alike": [(one, other, float(value)) for one, other, value in stored["alike"]]})

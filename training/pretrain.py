@@ -25,6 +25,7 @@ from training.audio_cache import SAMPLE_RATE_HZ
 from training.bounds import Count, Probability
 from training.cuts import AudioRecipe, Batches
 from training.errors import RunError
+from training.files import write_json
 from training.objectives.masked import MaskedPrediction
 from training.teachers import SelfSupervised, Teacher, load_teacher, model_class
 from training.trainer import Job, Schedule, Watched, fit, is_finished, to_device
@@ -152,6 +153,17 @@ def save_teacher(trunk: SelfSupervised, folder: Path) -> None:
     trunk.model.save_pretrained(folder)
     extractor: Any = Wav2Vec2FeatureExtractor
     extractor(do_normalize=trunk.normalise, sampling_rate=SAMPLE_RATE_HZ).save_pretrained(folder)
+
+
+def publish_teacher(teacher: Path, out: Path) -> None:
+    """A copy of the teacher in `teacher` for others to distil from: weights in half precision, and `made.json`, which
+    says from which recipe, data, seed and code they came. Raises RunError where `out` exists, TeacherError."""
+    if out.exists():
+        raise RunError(f"{out} exists; a teacher that something may have been distilled from is not replaced")
+    found = load_teacher(str(teacher))
+    model: Any = found.model
+    save_teacher(SelfSupervised(model.half(), normalise=found.normalise), out)
+    write_json(json.loads((teacher.parent / "run.json").read_text(encoding="utf-8")), out / "made.json")
 
 
 def _centres(

@@ -34,6 +34,7 @@ from training.monitor import watch
 from training.objectives.soft_targets import SoftTargets, soft_loss, teaching_bundle
 from training.objectives.speaker import AamSoftmax
 from training.objectives.spotting import clip_loss, event_log_odds, frame_loss
+from training.precision import processor_has_bf16
 from training.progress import training_progress
 from training.recipe import Recipe, VoicesRecipe
 from training.rooms import with_rooms
@@ -264,7 +265,9 @@ def _step(
         student.hold_keywords()
     weights = recipe.loss
     spectral = SpectralAugment(recipe.spectral, len(batch.lengths), torch.default_generator)
-    with torch.autocast("cpu", torch.bfloat16, enabled=recipe.schedule.precision == "bfloat16"):
+    with torch.autocast(
+        "cpu", torch.bfloat16, enabled=recipe.schedule.precision == "bfloat16" and processor_has_bf16()
+    ):
         shared = weights.shared_gradient if step >= weights.shared_gradient_from_step else 1.0
         out = student(batch.waveform, batch.lengths, spectral, shared_gradient=shared)
     known = (batch.speaker != NO_SPEAKER) & ~spectral.warped

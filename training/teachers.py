@@ -297,7 +297,8 @@ def load_teacher(source: str) -> Teacher:
     try:
         # Its annotation leaves the pair out that `output_loading_info` brings.
         load: Any = model_class(config).from_pretrained
-        model, report = load(source, config=config, output_loading_info=True)
+        # Files in half precision exist; what is computed here is in 32 bits unless a recipe says otherwise.
+        model, report = load(source, config=config, output_loading_info=True, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise TeacherError(f"the weights of {source} do not load: {_first_line(error)}") from error
     missing = sorted(name for name in report["missing_keys"] if not name.endswith(UNUSED_WEIGHTS))

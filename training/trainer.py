@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 
 from training.errors import RunError
 from training.files import write_json
+from training.precision import computed_in
 from training.progress import training_progress
 
 BatchT = TypeVar("BatchT")
@@ -50,6 +51,7 @@ class Schedule(BaseModel):
     decay: Literal["cosine", "linear"] = "linear"
     weight_decay: float = Field(default=0.01, ge=0)
     gradient_clip: float = Field(default=5.0, gt=0)
+    # "bf16": 32 bits on a processor that would emulate it.
     precision: Literal["no", "bf16", "fp16"] = "no"
     workers: int = Field(default=1, ge=0)
     checkpoint_every: int = Field(default=200, gt=0)
@@ -107,13 +109,14 @@ def fit(job: Job[BatchT], *, stop_after: int | None = None) -> nn.Module:
     schedule = job.schedule
     # Of a run before this one in the same process, which may have had another precision.
     AcceleratorState._reset_state()
+    precision = computed_in(schedule.precision, "cuda" if torch.accelerator.is_available() else "cpu")
     accelerator = Accelerator(
-        mixed_precision=schedule.precision,
+        mixed_precision=precision,
         # Alternating tasks leave one head without gradient in every step.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     if accelerator.is_main_process:
-        _claim(job)
+        _claim(job, precision)
     accelerator.wait_for_everyone()
     if accelerator.device.type == "cpu":
         _attend_plainly(job.stage)
@@ -336,7 +339,7 @@ def _attend_plainly(stage: nn.Module) -> None:
             module.set_attn_implementation("eager")
 
 
-def _claim(job: Job[Any]) -> None:
+def _claim(job: Job[Any], precision: str) -> None:
     """Write `run.json`, or check that the one there is of the same run."""
     from training.run import git_revision
 
@@ -355,6 +358,7 @@ def _claim(job: Job[Any]) -> None:
         "git_revision": git_revision(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "computed_in": precision,
         "parameters": sum(parameter.numel() for parameter in job.stage.parameters()),
     }
     write_json(run, path)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from training.errors import RecipeError
-from training.evaluation.page import comparison, explained, grid, marks, shared, table, write_page
+from training.evaluation.page import comparison, explained, grid, made_on, marks, shared, table, write_page
 from training.evaluation.report import Figure
 from training.outcome import Measured, Outcome, Section, Shared
 
@@ -42,6 +42,15 @@ def test_the_student_is_compared_with_the_reference() -> None:
     lines = comparison(OUTCOME)
     assert lines[-1] == "| the student | the reference | 75.0 % | 75.0 % | 75.0 % | -0.10 | +0.90 |"
     assert not any("broken" in line for line in lines)
+
+
+def test_machines_are_named_where_there_were_several() -> None:
+    rows = {name: replace(row, made_on="2 cores of A") for name, row in OUTCOME.rows.items()}
+    assert made_on(replace(OUTCOME, rows=rows)) == []
+    rows["student"] = replace(rows["student"], made_on="8 cores of B")
+    lines = made_on(replace(OUTCOME, rows=rows))
+    assert "* 2 cores of A: the reference; the broken one." in lines
+    assert "* 8 cores of B: the student." in lines
 
 
 def test_a_row_is_compared_with_the_one_that_it_names() -> None:

@@ -14,7 +14,8 @@ from tests.training.chain import pretrain_recipe
 from training.evaluation.client import Upload, served
 from training.outcome import Outcome
 from training.plan import Budget, StudyRecipe, distillation, join_studies, load_study, only_rows, tuning
-from training.study import Setting, run_study
+from training.rows import Setting
+from training.study import run_study
 
 PAPERS = sorted((REPOSITORY / "training/recipes/papers").glob("*.yaml"))
 # As deep as the teacher that the recipes name, of bands and with norms first like it, a thousandth of its size.

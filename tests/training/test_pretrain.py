@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from training.cuts import CutBatches, Layout, Waves, cuts_of
 from training.errors import ManifestError, RunError
 from training.manifest import read_data
 from training.objectives.masked import MaskedPrediction, hide_spans
-from training.pretrain import TeacherShape, pretrain
+from training.pretrain import TeacherShape, pretrain, publish_teacher
 from training.students.distil import student_of
 from training.teachers import SelfSupervised, load_teacher
 from training.units import Mfcc, Units
@@ -174,6 +175,16 @@ def test_a_teacher_of_bands_comes_back_through_the_teachers_door(made_data: Path
     assert torch.allclose(loaded(wave, lengths).hidden[-1], trained(wave, lengths).hidden[-1], atol=1e-6)
     student = student_of(loaded, layers=1)
     assert torch.allclose(student.eval()(wave, lengths).hidden[1], trained(wave, lengths).hidden[1], atol=1e-6)
+
+    publish_teacher(folder, tmp_path / "published")
+    published = load_teacher(str(tmp_path / "published"))
+    assert {value.dtype for value in published.state_dict().values()} == {torch.float32}
+    weights, copies = folder / "model.safetensors", tmp_path / "published/model.safetensors"
+    assert copies.stat().st_size < 0.6 * weights.stat().st_size
+    assert torch.allclose(published(wave, lengths).hidden[-1], loaded(wave, lengths).hidden[-1], atol=0.02)
+    assert json.loads((tmp_path / "published/made.json").read_text())["identity"]["recipe"]["shape"]["mel"]
+    with pytest.raises(RunError, match="exists"):
+        publish_teacher(folder, tmp_path / "published")
 
 
 def test_a_pass_may_go_on_with_the_weights_of_the_one_before(made_data: Path, tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import yaml
 
 from tests.conftest import REPOSITORY
 from tests.training.chain import distil_recipe, pretrain_recipe, tune_recipe
-from training import study as study_module
+from training import rows as rows_module
 from training.distil import DistilRecipe
-from training.errors import RecipeError
+from training.errors import RecipeError, TrainingError
 from training.outcome import Outcome
 from training.plan import (
     Budget,
@@ -24,8 +24,10 @@ from training.plan import (
     only_rows,
     tuning,
 )
+from training.pretrain import PretrainRecipe, pretrain, publish_teacher
 from training.recipe import read_recipe
-from training.study import Setting, run_study
+from training.rows import Setting
+from training.study import run_study
 from training.trainer import losses_of
 
 
@@ -162,6 +164,8 @@ def test_everyone_gets_the_same_budget() -> None:
     steps = {name: tuning(joined, name, budget).schedule.steps for name in joined.rows}
     assert {name for name, count in steps.items() if count != 70} == {"os-kdft-a", "os-kdft-b"}
     assert steps["os-kdft-a"] == 50
+    # Rows may have been trained on machines of several kinds.
+    assert {tuning(joined, name, budget).schedule.precision for name in joined.rows} == {"no"}
 
 
 def test_a_distillation_of_a_study_is_the_recipe_s_own() -> None:
@@ -256,8 +260,58 @@ def test_a_comparison_survives_what_fails_and_measures_noise(
     assert Outcome.read(tmp_path / "run") == outcome
     with pytest.raises(RecipeError, match="another budget"):
         run_study(joined, replace(setting, budget=Budget(2, 4)), sections)
-    monkeypatch.setattr(study_module, "evaluate", None)
+    monkeypatch.setattr(rows_module, "evaluate", None)
     assert run_study(joined, setting, sections).rows["tuned"].value("keywords top-1") >= 0
+
+
+def test_rows_that_were_kept_are_not_trained_on_another_machine(
+    study_file: Path, made_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their figures stay, and their times are of the same networks, untrained."""
+    (tmp_path / "distil.yaml").write_text(yaml.safe_dump(distil_recipe(made_data).model_dump(mode="json")))
+    words = {**MASKS, "tasks": ["keywords"]}
+    rows = {
+        "reference": {"title": "reference", "changes": {"tasks": ["keywords"]}},
+        "a": {"title": "a", "init": "distilled", "together": "x", "changes": words},
+        "b": {"title": "b", "init": "distilled", "together": "x", "changes": {**words, "seed": 5}},
+    }
+    distil = {"distilled": str(tmp_path / "distil.yaml")}
+    study = load_study(changed(study_file, tmp_path, rows=rows, distil=distil, student="", marks={}))
+    said: list[str] = []
+    setting = Setting(tmp_path / "run", tmp_path / "cache", "dev", "c", said.append, budget=Budget(2, 3))
+    teacher = pretrain(read_recipe(study.teacher, PretrainRecipe), tmp_path / "teacher", tmp_path / "cache")
+    publish_teacher(teacher, tmp_path / "published")
+    setting = replace(setting, teacher=tmp_path / "published", kept=tmp_path / "kept")
+    first = run_study(study, setting)
+    assert not [row.error for row in first.rows.values() if row.error]
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == {"reference.json", "a.json", "b.json", "a+b.json"}
+
+    said.clear()
+    elsewhere = replace(setting, folder=tmp_path / "elsewhere")
+    with monkeypatch.context() as patched:
+        patched.setattr(rows_module, "evaluate", None)
+        again = run_study(study, elsewhere)
+    assert [path.name for path in (tmp_path / "elsewhere").glob("row-*")] == []
+    assert again.shared == first.shared
+    for name, row in again.rows.items():
+        assert not row.error
+        assert row.made_on == first.rows[name].made_on
+        for figure in ("keywords top-1", "training", "parameters", "multiply-accumulates", "file"):
+            assert row.value(figure) == pytest.approx(first.rows[name].value(figure), rel=1e-3)
+        assert row.value("one second of audio, one thread") > 0
+
+    said.clear()
+    longer = {**rows, "b": {**rows["b"], "changes": {**words, "seed": 6}}}
+    study = load_study(changed(study_file, tmp_path, rows=longer, distil=distil, student="", marks={}))
+    run_study(study, replace(elsewhere, part=True))
+    assert "fine-tuning b" in said
+    assert "fine-tuning a" not in said
+
+
+def test_a_damaged_teacher_ends_a_comparison(study_file: Path, tmp_path: Path) -> None:
+    setting = Setting(tmp_path / "run", tmp_path / "cache", "dev", "c", lambda _: None, teacher=tmp_path / "nowhere")
+    with pytest.raises(TrainingError, match="nowhere"):
+        run_study(load_study(study_file), setting)
 
 
 def test_a_study_that_distils_an_edge_student_is_refused(study_file: Path, made_data: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
+from training import precision
 from training.cuts import AudioRecipe
 from training.errors import RunError
 from training.trainer import Job, Schedule, Watched, fit, is_finished, losses_of
@@ -259,6 +260,16 @@ def test_the_run_folder_says_what_was_run(tmp_path: Path) -> None:
     assert run["identity"]["schedule"]["steps"] == 12
     assert run["parameters"] == 9
     assert list((tmp_path / "run/tensorboard").iterdir())
+
+
+@pytest.mark.parametrize(("has_it", "told"), [(True, "bf16"), (False, "no")])
+def test_bf16_is_not_emulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_it: bool, told: str) -> None:
+    """Where the processor has no such instructions 32 bits are computed, and the run says so."""
+    monkeypatch.setattr(precision, "processor_has_bf16", lambda: has_it)
+    half = SCHEDULE.model_copy(update={"precision": "bf16"})
+    stage = fit(job(tmp_path / "half", half))
+    assert json.loads((tmp_path / "half/run.json").read_text())["computed_in"] == told
+    assert same(weights(stage), weights(fit(job(tmp_path / "whole")))) is not has_it
 
 
 @pytest.mark.parametrize(("decay", "middle"), [("linear", 0.5), ("cosine", 0.5)])

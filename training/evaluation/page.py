@@ -84,6 +84,7 @@ def write_page(outcome: Outcome, page: Path) -> None:
         *table(outcome),
         "",
         *explained(outcome),
+        *made_on(outcome),
         *([] if outcome.sections else comparison(outcome)),
         *marks(outcome),
     ]
@@ -136,6 +137,22 @@ def explained(outcome: Outcome) -> list[str]:
     if TRUNK in given:
         said.append("`trunk alone` is without any head.")
     return [*said, ""] if said else []
+
+
+def made_on(outcome: Outcome) -> list[str]:
+    """Which rows were trained and measured where, if not all in one place."""
+    places: dict[str, list[str]] = {}
+    for row in outcome.rows.values():
+        if row.made_on:
+            places.setdefault(row.made_on, []).append(row.title)
+    if len(places) < 2:
+        return []
+    return [
+        "Rows were trained and measured on several machines; minutes of training compare within one of them only.",
+        "",
+        *(f"* {place}: {'; '.join(titles)}." for place, titles in places.items()),
+        "",
+    ]
 
 
 def comparison(outcome: Outcome, names: Sequence[str] | None = None) -> list[str]:
