@@ -136,8 +136,8 @@ class ServiceClient:
 
 @contextmanager
 def served(bundle: Path, enrolled_by: Bundle | None = None) -> Iterator[ServiceClient]:
-    """Serve the bundle in `bundle` (published or draft) from a store of its own, with empty profiles; with
-    `enrolled_by`, both under the numbers that they were published with.
+    """Serve the bundle in `bundle` (published, under its own number, or draft) from a store of its own, with empty
+    profiles; with `enrolled_by`, that one too.
 
     Raises MeasurementError when the service does not come up.
     """
@@ -145,11 +145,9 @@ def served(bundle: Path, enrolled_by: Bundle | None = None) -> Iterator[ServiceC
     try:
         found = open_bundle(bundle)
         store = LocalStore(work / "store")
-        model, other = found.manifest.name, None
-        if enrolled_by is None:
-            store.publish(found.manifest, {name: found.read(name) for name in found.manifest.files})
-        else:
-            model, other = (_as_published(one, store) for one in (found, enrolled_by))
+        if enrolled_by is not None and not found.manifest.version * enrolled_by.manifest.version:
+            raise MeasurementError(f"{bundle} or {enrolled_by.path} has not been published: profiles are of versions")
+        model, other = _into(store, found), None if enrolled_by is None else _into(store, enrolled_by)
         port = free_port()
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SOTTO_")}
         environment |= {
@@ -175,12 +173,13 @@ def served(bundle: Path, enrolled_by: Bundle | None = None) -> Iterator[ServiceC
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _as_published(bundle: Bundle, store: LocalStore) -> str:
-    """Raises MeasurementError."""
+def _into(store: LocalStore, bundle: Bundle) -> str:
+    """What it is called there: a draft is the first version, and others are under their own numbers."""
     manifest = bundle.manifest
     if not manifest.version:
-        raise MeasurementError(f"{bundle.path} has not been published, so nobody could be enrolled for it by another")
-    shutil.copytree(bundle.path, store.root / manifest.name / str(manifest.version), dirs_exist_ok=True)
+        manifest = store.publish(manifest, {name: bundle.read(name) for name in manifest.files}).manifest
+    else:
+        shutil.copytree(bundle.path, store.root / manifest.name / str(manifest.version), dirs_exist_ok=True)
     return f"{manifest.name}@{manifest.version}"
 
 
