@@ -111,6 +111,7 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     if error.status_code == HTTPStatus.NOT_FOUND:
         return await _on_service_error(request, NotFoundError(f"no route {request.url.path[:200]}"))
     code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
+    runtime_of(request).metrics.rejects.labels(code).inc()
     body: dict[str, Any] = {
         "type": PROBLEM_TYPE_PREFIX + code,
         "title": HTTPStatus(error.status_code).phrase,

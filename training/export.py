@@ -86,7 +86,7 @@ def export(run_folder: Path, out: Path, *, name: str, data_root: Path | None = N
     source = origin(finished.lineage.recipe)
     data = source.read(data_root)
     network = finished.network
-    graph = to_onnx(network) if isinstance(network, Edge) else in_two_dimensions(traced(network))
+    graph = graph_of(network)
     session = open_session(graph, threads=1)
     check_graph_equals_network(session, network)
     trained_on = source.choose(data.split("train"))
@@ -108,6 +108,11 @@ def export(run_folder: Path, out: Path, *, name: str, data_root: Path | None = N
     manifest = _manifest(name, finished, trained_on, files, stream)
     write_draft(out, manifest, files)
     return manifest
+
+
+def graph_of(network: nn.Module) -> bytes:
+    """What a finished run's network (`open_run`) is served as."""
+    return to_onnx(network) if isinstance(network, Edge) else in_two_dimensions(traced(network))
 
 
 def to_onnx(student: Edge) -> bytes:

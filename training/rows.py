@@ -25,9 +25,10 @@ from training.evaluation.recordings import DRAW
 from training.evaluation.report import Figure, Report, evaluate
 from training.evaluation.robust import NOISY, evaluate_robustness
 from training.evaluation.tasks import COMMAND_CORPORA
+from training.export import graph_of
 from training.files import locked, write_json
 from training.finetune import HEADS, MASKS, FinetuneRecipe, finetune
-from training.finished import read_run
+from training.finished import open_run, read_run
 from training.kept import Kept
 from training.manifest import digest_tables, read_data
 from training.outcome import FIGURES, Measured, Shared
@@ -43,8 +44,9 @@ WEIGHTS = "model.safetensors"
 TEACHER = "teacher"
 # Of a bundle that was not calibrated, as those of one task or of a comparison are not, these mean nothing.
 CALIBRATED = ("sv Cllr", "sv false")
-# Enough for the network that a row comes to, whose times and products depend on no weight.
-SKETCH = Budget(1, 1)
+# Enough for the network that a row comes to, whose times and products depend on no weight. Nobody is set aside, as
+# nobody is listened to.
+SKETCH, NO_FOLD = Budget(1, 1), {"fold": 0.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +121,9 @@ class Rows:
     def graph(self, name: str) -> bytes:
         """What the row serves with; of one whose figures were kept, the same network trained for a step. Raises
         TrainingError, StoreError."""
-        bundle = (self if self.is_here(name) else self._sketched)._bundle(name)
+        if not self.is_here(name):
+            return graph_of(open_run(self._sketched._run(name)).network)
+        bundle = self._bundle(name)
         return bundle.read(bundle.manifest.graph.file)
 
     def shared(self, rows: Sequence[str]) -> list[Shared]:
@@ -149,8 +153,8 @@ class Rows:
 
     @cached_property
     def _sketched(self) -> Rows:
-        folder = self._setting.folder / "sketch"
-        return Rows(self._study, replace(self._setting, folder=folder, budget=SKETCH, kept=None))
+        folder, teacher = self._setting.folder / "sketch", self.teacher()
+        return Rows(self._study, replace(self._setting, folder=folder, budget=SKETCH, kept=None, teacher=teacher))
 
     def _weights(self, name: str) -> Path:
         """What can be begun with: the teacher, a distillation, or a row that trained weights. Raises RunError."""
@@ -320,7 +324,8 @@ class Rows:
 
     def _at(self, recipe: Any) -> Any:
         root = self._setting.data_root
-        return recipe if root is None else recipe.model_copy(update={"data": root})
+        changes = ({} if root is None else {"data": root}) | (NO_FOLD if self._setting.budget == SKETCH else {})
+        return recipe.model_copy(update=changes)
 
 
 def _settings(recipe: BaseModel) -> dict[str, Any]:

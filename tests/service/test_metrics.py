@@ -150,10 +150,21 @@ def test_audio_detections_and_verifications_are_counted(busy: RunningService) ->
     assert grown == pytest.approx([found["duration_s"] + 3.0, len(found["detections"]), 1])
 
 
-def test_refusals_are_counted_by_their_code(busy: RunningService) -> None:
-    before = value(busy, "sotto_rejects_total", reason="undecodable_audio")
-    busy.post("/v1/keywords/detect", b"")
-    assert value(busy, "sotto_rejects_total", reason="undecodable_audio") == before + 1
+@pytest.mark.parametrize(
+    ("path", "code"),
+    [
+        ("/v1/keywords/detect", "undecodable_audio"),
+        ("/v1/nowhere", "not_found"),
+        ("/v1/models", "method_not_allowed"),
+    ],
+)
+def test_refusals_are_counted_by_their_code(busy: RunningService, path: str, code: str) -> None:
+    def refused() -> float:
+        return value(busy, "sotto_rejects_total", reason=code) if code in busy.get("/metrics").text else 0.0
+
+    before = refused()
+    assert busy.post(path, b"").json()["code"] == code
+    assert refused() == before + 1
 
 
 def test_nothing_waits_when_nothing_is_asked(busy: RunningService) -> None:
