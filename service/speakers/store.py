@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,8 +39,10 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute, Mapped, Session, mapped_column, relationship
 
 from service.errors import StorageUnavailableError
+from service.speakers.turns import TURNS
 
 Array = npt.NDArray[np.float32]
+# For SQLite's lock, which another process may hold.
 BUSY_TIMEOUT_MS = 5_000
 RETRY_AFTER_S = 2.0
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -163,7 +165,8 @@ class ProfileStore:
         )
         # Likewise; its transactions take SQLite's write lock from their start.
         self._writer = self._engine.execution_options(sotto_writes=True)
-        with _translated():
+        self._turn = TURNS[parsed.database] if self._sqlite else nullcontext
+        with _translated(), self._turn():
             _migrate(self._writer)
 
     def close(self) -> None:
@@ -177,7 +180,7 @@ class ProfileStore:
     def add(self, tenant: str, speaker_id: str, enrolments: Sequence[Enrolment]) -> Profile:
         """Append accepted clips, creating the speaker where new; durable on return."""
         now = datetime.now(UTC)
-        with _translated(), Session(self._writer) as session:
+        with _translated(), self._turn(), Session(self._writer) as session:
             revision = _next_revision(session, tenant)
             row = self._find(session, tenant, speaker_id)
             if row is None:
@@ -262,7 +265,7 @@ class ProfileStore:
 
     def delete(self, tenant: str, speaker_id: str) -> bool:
         """Remove every stored byte of the speaker; False where there was none."""
-        with _translated():
+        with _translated(), self._turn():
             with Session(self._writer) as session:
                 _next_revision(session, tenant)
                 row = self._find(session, tenant, speaker_id)

@@ -13,6 +13,8 @@ import pytest
 
 from model_store import Calibration, SpeakerInfo
 from service.errors import StorageUnavailableError
+from service.speakers import store as store_module
+from service.speakers import turns
 from service.speakers.enrolment import Candidate, Refusal, judge
 from service.speakers.scoring import probability, profile_vector, score, scores
 from service.speakers.store import Enrolment, ProfileStore
@@ -159,6 +161,44 @@ def test_first_enrolments_at_once_end_in_one_profile(store: ProfileStore) -> Non
     profile = store.get("t", "ada")
     assert profile is not None
     assert len(profile.enrolments) == 8
+
+
+def test_writers_of_one_file_wait_in_a_queue_and_not_for_sqlite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores = [ProfileStore(f"sqlite:///{tmp_path}/profiles.sqlite3") for _ in range(2)]
+    for opened in stores:
+        opened.close()
+    monkeypatch.setattr(store_module, "BUSY_TIMEOUT_MS", 0)
+    failed = list[StorageUnavailableError]()
+
+    def add(opened: ProfileStore, name: str) -> None:
+        try:
+            for _ in range(5):
+                opened.add("t", name, [enrolment(1)])
+                opened.delete("t", name)
+                opened.add("t", name, [enrolment(1)])
+        except StorageUnavailableError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=add, args=(stores[one % 2], f"s{one}")) for one in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    assert stores[0].ids("t") == {f"s{one}" for one in range(6)}
+
+
+def test_a_writer_whose_turn_does_not_come_is_refused_and_changes_nothing(
+    file_store: ProfileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "TURN_TIMEOUT_S", 0.01)
+    with turns.TURNS[f"{tmp_path}/profiles.sqlite3"](), pytest.raises(StorageUnavailableError):
+        file_store.add("t", "ada", [enrolment(1)])
+    assert file_store.get("t", "ada") is None
+    file_store.add("t", "ada", [enrolment(1)])
+    assert file_store.count("t") == 1
 
 
 def test_the_schema_is_stamped_with_its_revision(file_store: ProfileStore, tmp_path: Path) -> None:
