@@ -26,7 +26,7 @@ from training.evaluation.report import Figure, Report, evaluate
 from training.evaluation.robust import NOISY, evaluate_robustness
 from training.evaluation.tasks import COMMAND_CORPORA
 from training.export import graph_of
-from training.files import locked, write_json
+from training.files import is_locked, locked, write_json
 from training.finetune import HEADS, MASKS, FinetuneRecipe, finetune
 from training.finished import open_run, read_run
 from training.kept import Kept
@@ -69,7 +69,8 @@ class Setting:
 
 
 class Rows:
-    """What a study has made so far. Several processes may work in one folder: what one is making, others wait for."""
+    """What a study has made so far. Several processes may work in one folder: what one is making, others leave to it
+    (`is_taken`) or wait for."""
 
     def __init__(self, study: StudyRecipe, setting: Setting) -> None:
         self._study, self._setting = study, setting
@@ -86,6 +87,13 @@ class Rows:
         """Whether the row was made by this process, not kept."""
         return name in self._runs or self._study.rows[name].bundle is not None
 
+    def is_taken(self, name: str) -> bool:
+        """Whether another process is at work on the row, or on something that it begins with."""
+        below = self._study.distil[name].teacher if name in self._study.distil else ""
+        if name in self._study.rows:
+            below = self._study.rows[name].init
+        return is_locked(self._lock(name)) or (below != "" and self.is_taken(below))
+
     def measured(self, name: str) -> Measured:
         """The row with all its figures but those that are timed side by side; kept ones where there are. Raises
         TrainingError, StoreError."""
@@ -94,9 +102,20 @@ class Rows:
             bundle = self._bundle(name)
             report = self._report(name, bundle, TASKS)
             return Measured(row.title, [*report.figures, _parameters(bundle)], report.det, against=row.against)
-        kept = self._kept.row(name, self._decided(name))
-        if kept is not None:
-            return replace(kept, title=row.title, against=row.against)
+        decided = self._decided(name)
+        found = self._kept.row(name, decided)
+        if found is None:
+            with locked(self._lock(name)):
+                # Another process may have kept it meanwhile.
+                found = self._kept.row(name, decided)
+                if found is None:
+                    found = self._measured(name)
+                    self._kept.keep_row(name, decided, found)
+        return replace(found, title=row.title, against=row.against)
+
+    def _measured(self, name: str) -> Measured:
+        """Of a row that was trained, and is where that has not been done."""
+        row = self._study.rows[name]
         bundle, run = self._bundle(name), self._run(name)
         recipe = self._tuning(name)
         figures = [
@@ -114,9 +133,7 @@ class Rows:
             calibrated = self._setting.budget is None and set(recipe.tasks) == set(TASKS)
             figures = [*(one for one in report.figures if calibrated or not one.name.startswith(CALIBRATED)), *figures]
             det = report.det
-        made = Measured(row.title, figures, det, "", row.against, machine(), read_run(run)["git_revision"])
-        self._kept.keep_row(name, self._decided(name), made)
-        return made
+        return Measured(row.title, figures, det, "", row.against, machine(), read_run(run)["git_revision"])
 
     def graph(self, name: str) -> bytes:
         """What the row serves with; of one whose figures were kept, the same network trained for a step. Raises
@@ -175,22 +192,25 @@ class Rows:
             if setting.teacher is not None:
                 load_teacher(str(setting.teacher))  # raises where it is none
                 return setting.teacher
-            with locked(setting.folder / f"{name}.lock"):
+            with locked(self._lock(name)):
                 return pretrain(self._at(read_recipe(self._study.teacher, PretrainRecipe)), folder, setting.cache)
         if name in self._study.distil:
             teacher = self._weights(self._study.distil[name].teacher)
-            with locked(setting.folder / f"{name}.lock"):
+            with locked(self._lock(name)):
                 setting.say(f"distilling {name}")
                 distil(self._distillation(name), folder, setting.cache, teacher=str(teacher))
             return folder / "model"
         return self._run(name) / "model"
+
+    def _lock(self, name: str) -> Path:
+        return self._setting.folder / (f"row-{name}.lock" if name in self._study.rows else f"{name}.lock")
 
     def _run(self, name: str) -> Path:
         """The row's fine-tuning, finished."""
         if name not in self._runs:
             init = self._weights(self._study.rows[name].init)
             run = self._setting.folder / f"row-{name}" / "run"
-            with locked(self._setting.folder / f"row-{name}.lock"):
+            with locked(run.parent / "run.lock"):
                 self._setting.say(f"fine-tuning {name}")
                 finetune(self._tuning(name), run, self._setting.cache, init=str(init))
             self._runs[name] = run

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 
 from training.errors import RunError
 from training.files import write_json
+from training.long_convolution import transform_long_convolutions
 from training.precision import computed_in
 from training.progress import training_progress
 
@@ -120,6 +121,7 @@ def fit(job: Job[BatchT], *, stop_after: int | None = None) -> nn.Module:
     accelerator.wait_for_everyone()
     if accelerator.device.type == "cpu":
         _attend_plainly(job.stage)
+        transform_long_convolutions(job.stage)
     optimizer = _optimizer(job)
     state = _Progress()
     state.restore(job, optimizer)
