@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tests.training.chain import distil_recipe, pretrain_recipe, tune_recipe
 from training import rows as rows_module
 from training.distil import DistilRecipe
 from training.errors import RecipeError, TrainingError
+from training.files import locked
 from training.outcome import Outcome
 from training.plan import (
     Budget,
@@ -306,6 +308,32 @@ def test_rows_that_were_kept_are_not_trained_on_another_machine(
     run_study(study, replace(elsewhere, part=True))
     assert "fine-tuning b" in said
     assert "fine-tuning a" not in said
+
+
+def test_what_another_process_is_at_work_on_comes_last(study_file: Path, made_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "distil.yaml").write_text(yaml.safe_dump(distil_recipe(made_data).model_dump(mode="json")))
+    rows = {
+        "a": {"title": "a", "timed_only": True, "init": "distilled"},
+        "b": {"title": "b", "timed_only": True},
+        "c": {"title": "c", "timed_only": True},
+    }
+    distil = {"distilled": str(tmp_path / "distil.yaml")}
+    study = load_study(changed(study_file, tmp_path, rows=rows, distil=distil, reference="b", student="", marks={}))
+    said: list[str] = []
+    other = ExitStack()
+
+    def say(line: str) -> None:
+        said.append(line)
+        if line == "fine-tuning c":
+            other.close()
+
+    # What `a` begins with, and `b` itself.
+    for name in ("distilled", "row-b"):
+        other.enter_context(locked(tmp_path / "run" / f"{name}.lock"))
+    outcome = run_study(study, Setting(tmp_path / "run", tmp_path / "cache", "dev", "c", say, budget=Budget(1, 1)))
+    begun = [line for line in said if line.startswith(("distilling", "fine-tuning"))]
+    assert begun == ["fine-tuning c", "distilling distilled", "fine-tuning a", "fine-tuning b"]
+    assert list(outcome.rows) == ["a", "b", "c"]
 
 
 def test_a_damaged_teacher_ends_a_comparison(study_file: Path, tmp_path: Path) -> None:
