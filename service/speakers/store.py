@@ -7,6 +7,8 @@ deleted is gone from it: freed pages are overwritten and the log is emptied.
 from __future__ import annotations
 
 import builtins
+import logging
+import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -40,6 +42,8 @@ from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute, Mapped, Sessi
 
 from service.errors import StorageUnavailableError
 from service.speakers.turns import TURNS
+
+log = logging.getLogger(__name__)
 
 Array = npt.NDArray[np.float32]
 # For SQLite's lock, which another process may hold.
@@ -165,6 +169,7 @@ class ProfileStore:
         )
         # Likewise; its transactions take SQLite's write lock from their start.
         self._writer = self._engine.execution_options(sotto_writes=True)
+        self._log_holds_deleted = False
         self._turn = TURNS[parsed.database] if self._sqlite else nullcontext
         with _translated(), self._turn():
             _migrate(self._writer)
@@ -202,6 +207,7 @@ class ProfileStore:
             session.flush()
             (profile,) = _read(session, select(SpeakerRow.id).where(SpeakerRow.id == row.id), SpeakerRow.id)
             session.commit()
+            self._empty_log()
             return profile
 
     def get(self, tenant: str, speaker_id: str) -> Profile | None:
@@ -273,14 +279,24 @@ class ProfileStore:
                     return False
                 session.delete(row)
                 session.commit()
-            if self._sqlite:
-                # Deleted pages are overwritten in the file only when the log is written back.
-                raw = self._engine.raw_connection()
-                try:
-                    raw.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
-                finally:
-                    raw.close()
+            self._log_holds_deleted = self._sqlite
+            self._empty_log()
             return True
+
+    def _empty_log(self) -> None:
+        """Deleted pages are overwritten in the file only when the log is written back. Who reads for long, as a backup
+        does, or a full disk prevents it: then the next change tries again."""
+        if not self._log_holds_deleted:
+            return
+        raw = self._engine.raw_connection()
+        try:
+            (prevented, *_) = raw.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            self._log_holds_deleted = bool(prevented)
+        except sqlite3.Error as error:
+            # The change itself is on disk.
+            log.warning("the profile database's log could not be emptied: %s", error)
+        finally:
+            raw.close()
 
     def _find(self, session: Session, tenant: str, speaker_id: str) -> SpeakerRow | None:
         return session.scalar(

@@ -152,6 +152,22 @@ def test_after_deletion_no_byte_of_the_embedding_is_left_on_disk(file_store: Pro
         assert b"secret-speaker" not in content
 
 
+def test_bytes_that_a_long_reader_kept_on_disk_go_with_the_next_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "BUSY_TIMEOUT_MS", 10)
+    store = ProfileStore(f"sqlite:///{tmp_path}/profiles.sqlite3")
+    store.add("t", "secret-speaker", [enrolment(0.123, 0.456, 0.789)])
+    backup = sqlite3.connect(tmp_path / "profiles.sqlite3", isolation_level=None)
+    backup.execute("BEGIN")
+    backup.execute("SELECT * FROM speakers").fetchall()
+    assert store.delete("t", "secret-speaker") is True
+    assert any(b"secret-speaker" in path.read_bytes() for path in tmp_path.iterdir())
+    backup.close()
+    store.add("t", "ada", [enrolment(1)])
+    assert not any(b"secret-speaker" in path.read_bytes() for path in tmp_path.iterdir())
+
+
 def test_first_enrolments_at_once_end_in_one_profile(store: ProfileStore) -> None:
     threads = [threading.Thread(target=lambda: store.add("t", "ada", [enrolment(1)])) for _ in range(8)]
     for thread in threads:
