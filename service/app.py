@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError, WebSocketRequestValidatio
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
+from starlette.types import Receive, Scope, Send
 
 from service.errors import (
     PROBLEM_JSON,
@@ -22,9 +23,11 @@ from service.errors import (
     NotFoundError,
     Problem,
     ServiceError,
+    faults_of,
     problem_response,
 )
 from service.middleware import RequestFrame
+from service.protocol import REQUEST_ID, own_request_id
 from service.routes import analyze, embeddings, identify, keywords, models, ops, speakers, stream
 from service.routes.common import refuse_unknown_query, runtime_of
 from service.routes.direct import DirectRoutes
@@ -82,34 +85,43 @@ def create_app(settings: Settings) -> FastAPI:
     direct = [route for router in routers for route in router.routes]
     app.add_middleware(DirectRoutes, routes=direct, on_error=_on_service_error)
     app.add_middleware(RequestFrame, metrics=runtime.metrics)
-    app.add_exception_handler(ServiceError, _on_service_error)
+    # Starlette's own answers a WebSocket with an empty 403.
+    app.router.default = _no_route
+    app.add_exception_handler(ServiceError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(WebSocketRequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     return app
 
 
-async def _on_service_error(request: HTTPConnection, error: Exception) -> Response:
-    """Also the answer to a WebSocket that was not accepted yet: then it is a plain HTTP response."""
+async def _on_error(request: HTTPConnection, error: Exception) -> Any:
+    """The response. A WebSocket that was not accepted yet gets it too, as a plain HTTP response, sent here."""
     assert isinstance(error, ServiceError)
+    response = await _on_service_error(request, error)
+    if not isinstance(request, WebSocket):
+        return response
+    response.headers[REQUEST_ID] = own_request_id(request.headers.get(REQUEST_ID, ""))
+    await request.send_denial_response(response)
+    return None
+
+
+async def _on_service_error(request: HTTPConnection, error: ServiceError) -> Response:
     runtime_of(request).metrics.rejects.labels(error.code).inc()
-    response = problem_response(error, request.url.path)
-    if isinstance(request, WebSocket):
-        await request.send_denial_response(response)
-    return response
+    return problem_response(error, request.url.path)
 
 
-async def _on_validation_error(request: HTTPConnection, error: Exception) -> Response:
+async def _on_validation_error(request: HTTPConnection, error: Exception) -> Any:
     assert isinstance(error, RequestValidationError | WebSocketRequestValidationError)
-    faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()[:5])
-    return await _on_service_error(request, InvalidRequestError(faults))
+    return await _on_error(request, InvalidRequestError(faults_of(error.errors())))
+
+
+async def _no_route(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001  an ASGI application
+    raise NotFoundError(f"no route {scope['path'][:200]}")
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     """Starlette's own 404 and 405, in the one error shape."""
     assert isinstance(error, HTTPException)
-    if error.status_code == HTTPStatus.NOT_FOUND:
-        return await _on_service_error(request, NotFoundError(f"no route {request.url.path[:200]}"))
     code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
     runtime_of(request).metrics.rejects.labels(code).inc()
     body: dict[str, Any] = {

@@ -45,7 +45,8 @@ _PLAIN_CODECS = (b"\x01\x00", b"\x03\x00")  # WAVE_FORMAT_PCM and WAVE_FORMAT_IE
 # From "WAVE" on: a format chunk of 16 bytes, PCM, one channel, 16 kHz, bytes a second, bytes a sample, bits.
 _PLAIN_FORMAT = b"WAVEfmt " + struct.pack("<IHHIIHH", 16, 1, 1, SAMPLE_RATE_HZ, 2 * SAMPLE_RATE_HZ, 2, 16)
 _PLAIN_HEAD_BYTES = 44
-_PCM_TYPE = re.compile(r"audio/(?:pcm|l16)\b", re.IGNORECASE)
+_PCM_TYPE = re.compile(r"audio/pcm\b", re.IGNORECASE)
+_CHANNELS = re.compile(r";\s*channels\s*=\s*\"?([^\s;\"]*)", re.IGNORECASE)
 _RATE = re.compile(r";\s*rate\s*=\s*\"?([0-9]{1,7})\"?\s*(?:;|$)", re.IGNORECASE)
 
 
@@ -88,9 +89,9 @@ def decode(data: bytes, content_type: str, *, shortest_s: float, longest_s: floa
     plain = _plain_samples(data, longest_s)
     if plain is not None:
         samples = plain
-    elif _sniff(data) is not None:
+    elif _sniff(data, content_type) is not None:
         samples = _decode_container(data, longest_s)
-    elif _PCM_TYPE.match(content_type.strip()):
+    elif _is_raw(content_type):
         samples = _decode_pcm(data, content_type, longest_s)
     else:
         raise UndecodableAudioError("the bytes are no WAV, FLAC, Ogg or MP3 file (raw samples need audio/pcm;rate=...)")
@@ -105,14 +106,20 @@ def is_plain(data: bytes, content_type: str) -> bool:
 
     A few kilobytes of GSM in a WAV file are minutes of audio.
     """
-    if _sniff(data) == "wav":
+    container = _sniff(data, content_type)
+    if container == "wav":
         head, codec, bits = data[:4] + data[12:16], data[20:22], int.from_bytes(data[34:36], "little")
         return head == b"RIFFfmt " and codec in _PLAIN_CODECS and bits >= 16
-    return _sniff(data) is None and _PCM_TYPE.match(content_type.strip()) is not None
+    return container is None and _is_raw(content_type)
 
 
-def _sniff(data: bytes) -> str | None:
-    """The container the first bytes belong to, or None."""
+def _is_raw(content_type: str) -> bool:
+    return _PCM_TYPE.match(content_type.strip()) is not None
+
+
+def _sniff(data: bytes, content_type: str) -> str | None:
+    """The container the first bytes belong to, or None. What says that it is raw samples is taken at its word unless
+    it begins with letters that files begin with: quiet noise, samples of -1, looks like an MPEG frame."""
     head = data[:12]
     if head[:4] in (b"RIFF", b"RIFX", b"RF64") and head[8:12] == b"WAVE":
         return "wav"
@@ -120,9 +127,17 @@ def _sniff(data: bytes) -> str | None:
         return "flac"
     if head[:4] == b"OggS":
         return "ogg"
-    if head[:3] == b"ID3" or (len(head) > 2 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0 and head[1] & 0x06):
+    if head[:3] == b"ID3" or (not _is_raw(content_type) and _begins_frame(head)):
         return "mpeg"
     return None
+
+
+def _begins_frame(head: bytes) -> bool:
+    """Whether this can be an MPEG audio frame: its eleven bits, and no reserved version, layer, bitrate or rate."""
+    if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE0 != 0xE0:
+        return False
+    version, layer, bitrate, rate = head[1] >> 3 & 3, head[1] >> 1 & 3, head[2] >> 4, head[2] >> 2 & 3
+    return version != 1 and layer != 0 and bitrate != 15 and rate != 3
 
 
 def pcm_samples(data: bytes, *, start: int = 0, count: int = -1) -> Samples:
@@ -221,6 +236,9 @@ def _decode_pcm(data: bytes, content_type: str, longest_s: float) -> Samples:
         raise UndecodableAudioError(
             f"raw samples at {rate_hz} Hz; accepted are {LOWEST_PCM_RATE_HZ} to {HIGHEST_PCM_RATE_HZ} Hz"
         )
+    channels = _CHANNELS.search(content_type)
+    if channels is not None and channels.group(1) != "1":
+        raise UndecodableAudioError(f"raw samples of {channels.group(1)[:20]!r} channels; accepted is 1")
     if len(data) < 2:
         raise UndecodableAudioError("a single byte is no 16-bit sample")
     if len(data) // 2 > longest_s * rate_hz:

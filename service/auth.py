@@ -7,11 +7,12 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from starlette.requests import HTTPConnection
 
 from service.errors import ForbiddenError, RateLimitedError, UnauthenticatedError
-from service.settings import ApiKey, Scope, Settings
+from service.settings import ApiKey, Scope, Settings, is_loopback
 
 KEY_BYTES = 32
 DEFAULT_TENANT = "default"
@@ -44,7 +45,11 @@ class Authenticator:
 
     def caller(self, request: HTTPConnection, scope: Scope) -> Caller:
         """Raises UnauthenticatedError, ForbiddenError, RateLimitedError."""
-        caller = self._identify(request) if self._keys else ANONYMOUS
+        if self._keys:
+            caller = self._identify(request)
+        else:
+            _refuse_other_pages(request)
+            caller = ANONYMOUS
         if scope not in caller.scopes:
             raise ForbiddenError(f"key {caller.name!r} lacks the scope {scope!r}")
         if self._rate > 0:
@@ -74,6 +79,24 @@ class Authenticator:
             self._buckets[name] = (tokens, now)
             raise RateLimitedError(f"key {name!r} is over its rate", retry_after_s=(1 - tokens) / self._rate)
         self._buckets[name] = (tokens - 1, now)
+
+
+def _refuse_other_pages(request: HTTPConnection) -> None:
+    """Without keys whoever reaches the service may use it, and a browser on this machine reaches it for every page
+    that is open in it. Forms and WebSockets it sends without asking first; and a page can give its own name this
+    machine's address. Raises ForbiddenError."""
+    host, origin = request.headers.get("host", ""), request.headers.get("origin")
+    if host and not is_loopback(_name_of(f"//{host}")):
+        raise ForbiddenError(f"without API keys, this service is 127.0.0.1 or localhost, not {host[:80]!r}")
+    if origin and origin.partition("://")[2] != host:
+        raise ForbiddenError("without API keys, pages of other origins may not use this service")
+
+
+def _name_of(address: str) -> str:
+    try:
+        return urlsplit(address).hostname or ""
+    except ValueError:
+        return ""
 
 
 def hash_key(secret: str) -> str:

@@ -45,8 +45,10 @@ Clock = Callable[[], float]
 
 # Items batched together differ in size by at most this ratio, which bounds what padding wastes.
 WIDEST_RATIO = 1.5
-# Weight of the newest call in the running estimate of seconds of work for each unit of size.
+# Weight of the newest call in the running estimate of seconds of work for each unit of size, and how many times slower
+# than that it counts at most.
 SPEED_MEMORY = 0.1
+SLOWEST_RATIO = 4.0
 # How long an item waits until a worker on standby takes it. About a call of a full batch of short clips.
 STANDBY_S = 0.010
 # How often a worker that stopped or hangs is noticed.
@@ -146,18 +148,9 @@ class Batcher(Generic[Item, Result]):
         now = self._clock()
         with self._wake:
             cost_s = size * self._rate(group)
+            turn, future = now + priority.value, loop.create_future()
             entry = _Entry[Item, Result](
-                item,
-                group,
-                size,
-                cost_s,
-                now + priority.value,
-                gather_s,
-                deadline,
-                now,
-                abandoned,
-                loop,
-                loop.create_future(),
+                item, group, size, cost_s, turn, gather_s, deadline, now, abandoned, loop, future
             )
             self._admit(entry, now)
             bisect.insort(self._waiting, entry, key=lambda other: other.turn)
@@ -216,6 +209,8 @@ class Batcher(Generic[Item, Result]):
         wait_s = (running_s + ahead_s) / max(1, len(self._workers))
         if self._waiting and self._waiting_size + entry.size > self._limits.max_waiting:
             raise QueueFullError(f"{len(self._waiting)} clips are waiting", max(wait_s, 1.0))
+        if not self._waiting and not any(worker.batch for worker in self._workers):
+            return  # Nothing to wait for, and what its call takes is an estimate, which only calls mend.
         # The call that it will share takes as long as a full batch of its like.
         limits = self._limits
         call_s = min(entry.cost_s * limits.max_batch, self._rate(entry.group) * max(limits.max_area, entry.size))
@@ -335,8 +330,10 @@ class Batcher(Generic[Item, Result]):
     def _learn_speed(self, group: Hashable, call_s: float, area: float) -> None:
         rate = call_s / max(area, 1e-9)
         with self._wake:
-            known = self._seconds_per_size.get(group)
-            self._seconds_per_size[group] = rate if known is None else known + SPEED_MEMORY * (rate - known)
+            known = self._rate(group) or rate
+            weight = SPEED_MEMORY if group in self._seconds_per_size else 1.0
+            # A process that was stopped for a while says little about the next call.
+            self._seconds_per_size[group] = known + weight * (min(rate, SLOWEST_RATIO * known) - known)
 
     def forget(self, gone: Callable[[Hashable], bool]) -> None:
         """Drop what was learnt of groups that will not come back."""

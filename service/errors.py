@@ -3,6 +3,7 @@
 ServiceError
  ├─ 400 UndecodableAudioError     undecodable_audio
  ├─ 400 MalformedBodyError        malformed_body
+ ├─ 400 MalformedRequestError     malformed_request
  ├─ 401 UnauthenticatedError      unauthenticated
  ├─ 403 ForbiddenError            forbidden
  ├─ 404 NotFoundError             not_found
@@ -31,6 +32,7 @@ ServiceError
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -96,6 +98,11 @@ class ServiceError(Exception):
         return {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
 
 
+def faults_of(errors: Sequence[Any]) -> str:
+    """Where pydantic found fault and why, the first five."""
+    return "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in errors[:5])
+
+
 def problem_response(error: ServiceError, instance: str) -> JSONResponse:
     """The error as a response; also an ASGI application."""
     return JSONResponse(error.problem(instance), error.status, headers=error.headers(), media_type=PROBLEM_JSON)
@@ -105,6 +112,12 @@ class UndecodableAudioError(ServiceError):
     """Empty, truncated to nothing, not audio, or audio of a shape that is refused."""
 
     status, code, title = 400, "undecodable_audio", "Audio cannot be decoded"
+
+
+class MalformedRequestError(ServiceError):
+    """What came is not HTTP."""
+
+    status, code, title = 400, "malformed_request", "Request is malformed"
 
 
 class InvalidRequestError(ServiceError):

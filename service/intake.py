@@ -60,7 +60,7 @@ async def receive_clips(
             f"Content-Encoding {encoding[:40]!r} is not accepted; audio is compressed already"
         )
     with clock.stage("receive"):
-        body = await _read(request, settings.max_upload_bytes, deadline)
+        body = await read_body(request, settings.max_upload_bytes, deadline)
     if content_type.partition(";")[0].strip().lower() != "multipart/form-data":
         return [Clip(body, content_type)]
     clips = [Clip(data, kind) for data, kind in audio_parts(body, content_type, at_most=at_most + OTHER_PARTS)]
@@ -69,7 +69,8 @@ async def receive_clips(
     return clips
 
 
-async def _read(request: Request, most: int, deadline: float) -> bytes:
+async def read_body(request: Request, most: int, deadline: float) -> bytes:
+    """Raises AudioTooLargeError, DeadlineExceededError, MalformedBodyError."""
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > most:
         raise AudioTooLargeError(f"{declared} bytes; allowed are {most}")

@@ -33,6 +33,7 @@ class RequestFrame:
         request_id = own_request_id(Headers(scope=scope).get(REQUEST_ID, ""))
         status = 500
         started = False
+        start = time.perf_counter()
 
         async def send_framed(message: Message) -> None:
             nonlocal status, started
@@ -41,11 +42,10 @@ class RequestFrame:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers[REQUEST_ID] = request_id
-                if clock.durations_s:
-                    headers["Server-Timing"] = clock.header()
+                took_ms = (time.perf_counter() - start) * 1000
+                headers["Server-Timing"] = clock.header() if clock.durations_s else f"total;dur={took_ms:.1f}"
             await send(message)
 
-        start = time.perf_counter()
         try:
             await self._app(scope, receive, send_framed)
         except Exception:

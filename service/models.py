@@ -76,6 +76,11 @@ class Models:
         """An estimate of what all loaded models hold."""
         return sum(engine.memory_bytes for engine in self._loaded.values())
 
+    @property
+    def loading(self) -> bool:
+        """Whether some model is."""
+        return bool(self._coming)
+
     async def named(self, reference: str | None) -> Engine:
         """The engine that a `model` parameter names, loaded if need be. Raises NotFoundError, ModelUnusableError."""
         if reference is None:

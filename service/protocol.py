@@ -8,6 +8,7 @@ more requests than can be answered in time: those are turned away at their head 
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import re
 import weakref
@@ -17,11 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.frames import Frame, Opcode
 
 from service.congestion import SHARE, Congestion
 from service.errors import (
     HeadTooLargeError,
+    InvalidMessageError,
     InvalidRequestError,
+    MalformedRequestError,
     OverloadedError,
     RequestTooSlowError,
     ServiceError,
@@ -33,8 +37,6 @@ from service.settings import Settings
 
 if TYPE_CHECKING:
     from asyncio import TimerHandle
-
-    from websockets.frames import Frame
 
 # Request line and headers; nginx allows as much. A head that comes in one piece may be longer by that piece.
 MOST_HEAD_BYTES = 32 * 1024
@@ -60,6 +62,7 @@ MOST_UNREAD_BYTES = 2**20
 UNREAD_LOOK_EVERY_S = 1.0
 # Pieces of one WebSocket message. Its bytes are bounded, but pieces may be empty.
 MOST_PIECES = 1000
+TOO_BIG = 1009
 
 
 def protocol_for(settings: Settings, metrics: Metrics) -> type[BoundedHttp]:
@@ -185,6 +188,10 @@ class BoundedHttp(HttpToolsProtocol):
         self._count_out()
         super().connection_lost(exc)
 
+    def send_400_response(self, msg: str) -> None:
+        """uvicorn's, in the one error shape."""
+        self._refuse(MalformedRequestError(f"this is no HTTP/1.1: {msg}"))
+
     def _wait_for_head(self) -> None:
         limit_s = self.bounds.head_timeout_s
         error = RequestTooSlowError(f"no whole request head in {limit_s:g} s")
@@ -290,8 +297,16 @@ class BoundedStream(WebSocketsSansIOProtocol):
     def handle_cont(self, event: Frame) -> None:
         super().handle_cont(event)
         if len(self.frames) > MOST_PIECES:
-            self.conn.fail(1009, f"a message of more than {MOST_PIECES} pieces")
+            self.conn.fail(TOO_BIG, f"a message of more than {MOST_PIECES} pieces")
             self.handle_parser_exception()
+
+    def handle_parser_exception(self) -> None:
+        closing = self.conn.close_sent
+        if closing is not None and closing.code == TOO_BIG:
+            error = InvalidMessageError(f"the message is too large: {closing.reason}")
+            said = json.dumps({"type": "error", "code": error.code, "detail": error.detail})
+            self.transport.write(Frame(Opcode.TEXT, said.encode()).serialize(mask=False))
+        super().handle_parser_exception()
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -192,6 +192,8 @@ class Runtime:
                 async with _until(deadline):
                     engine = await self.models.named(reference)
             except TimeoutError as error:
+                if not self.models.loading:
+                    raise DeadlineExceededError("the deadline passed before the model was looked up") from error
                 raise OverloadedError(
                     f"{reference} is still being loaded", retry_after_s=LOADING_RETRY_AFTER_S
                 ) from error

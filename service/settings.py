@@ -65,7 +65,9 @@ class Settings(BaseSettings):
     max_queued_audio_s: float = Field(default=1200.0, gt=0, description="Beyond this much waiting audio: 503.")
 
     max_streams: int = Field(default=200, ge=0, description="WebSocket streams open at once.")
-    stream_message_bytes: int = Field(default=2**16, ge=1024, description="Largest message on a stream.")
+    stream_message_bytes: int = Field(
+        default=2**18, ge=1024, description="Largest message on a stream; each may keep one in memory."
+    )
     stream_idle_s: float = Field(default=60.0, gt=0, description="A stream without a message for this long is closed.")
     stream_send_timeout_s: float = Field(default=10.0, gt=0, description="As is one that does not read for this long.")
 

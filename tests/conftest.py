@@ -126,6 +126,10 @@ def stop_service(service: RunningService) -> int:
     return service.process.wait(30)
 
 
+# As which a service without keys is asked in its own process: it answers to this machine's names only.
+LOCAL = "http://127.0.0.1"
+
+
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
     """One service for all tests that leave nothing behind."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Awaitable
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Path, Query, Request, Response
 from pydantic import BaseModel
@@ -40,6 +41,8 @@ from service.errors import (
 from service.runtime import Runtime
 from service.schemas import ModelInfo
 from service.timing import StageClock
+
+T = TypeVar("T")
 
 AUDIO_ERRORS: tuple[type[ServiceError], ...] = (
     UndecodableAudioError,
@@ -146,6 +149,16 @@ ModelParameter = Annotated[
 ]
 SPEAKER_ID = r"^[A-Za-z0-9][A-Za-z0-9._@:+-]{0,127}$"
 SpeakerId = Annotated[str, Path(pattern=SPEAKER_ID, description="Chosen by you; no personal data needed.")]
+
+
+async def named(index: int, clips: int, work: Awaitable[T]) -> T:
+    """The work's result. What is wrong with one clip of several is said with its number, from 0 on."""
+    try:
+        return await work
+    except ServiceError as error:
+        if clips > 1 and error.status < 500:
+            error.detail = f"clip {index}: {error.detail}"
+        raise
 
 
 def model_info(engine: Engine) -> ModelInfo:

@@ -7,17 +7,31 @@ import logging
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Request, Response
+from pydantic import ValidationError
 
 from model_store import BundleError, StoreError
 from model_store.reference import ALIAS_PATTERN
 from service.engine import tasks_of
-from service.errors import ModelUnusableError, NotFoundError
+from service.errors import (
+    AudioTooLargeError,
+    DeadlineExceededError,
+    InvalidRequestError,
+    MalformedBodyError,
+    ModelUnusableError,
+    NotFoundError,
+    RequestTooSlowError,
+    faults_of,
+)
+from service.intake import deadline_of, read_body
 from service.routes.common import Administers, Infers, answer, model_info, problems, runtime_of
 from service.runtime import Runtime
 from service.schemas import AliasAnswer, AliasMove, ModelAnswer, ModelsAnswer, ModelVersion
 
 log = logging.getLogger(__name__)
 router = APIRouter(prefix="/v1/models", tags=["models"])
+
+LONGEST_MOVE_BYTES = 4096
+MOVE_SCHEMA = AliasMove.model_json_schema()
 
 MODEL_EXAMPLE = {
     "name": "sotto-edge",
@@ -93,19 +107,33 @@ async def show_model(request: Request, caller: Infers, name: str) -> Response:  
                 }
             }
         },
-        **problems(NotFoundError, ModelUnusableError),
+        **problems(
+            NotFoundError,
+            ModelUnusableError,
+            MalformedBodyError,
+            AudioTooLargeError,
+            RequestTooSlowError,
+            DeadlineExceededError,
+        ),
     },
+    openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": MOVE_SCHEMA}}}},
 )
 async def move_alias(
     request: Request,
     caller: Administers,
     name: Annotated[str, Path(max_length=100)],
     alias: Annotated[str, Path(pattern=ALIAS_PATTERN)],
-    move: AliasMove,
 ) -> Response:
     """The version is loaded and warmed beside what serves; then requests change over between two of them. A version
     that does not load changes nothing."""
     runtime = runtime_of(request)
+    # Read here: FastAPI would take in a body of any size before it asks who calls.
+    try:
+        move = AliasMove.model_validate_json(
+            await read_body(request, LONGEST_MOVE_BYTES, deadline_of(request, runtime.settings))
+        )
+    except ValidationError as error:
+        raise InvalidRequestError(faults_of(error.errors())) from error
     await runtime.models.move_alias(name, alias, move.version)
     log.info("%s moved %s@%s to version %d", caller.name, name, alias, move.version)
     return answer(AliasAnswer(name=name, alias=alias, version=move.version, default=model_info(runtime.engine)))

@@ -56,5 +56,9 @@ async def ready(request: Request) -> Response:
 )
 async def metrics(request: Request) -> Response:
     """Text format, or OpenMetrics where the scraper asks for it."""
-    encode, content_type = choose_encoder(request.headers.get("accept", ""))
+    try:
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+    # Of a version that is none.
+    except (TypeError, ValueError):
+        encode, content_type = choose_encoder("")
     return Response(encode(runtime_of(request).metrics.registry), media_type=content_type)

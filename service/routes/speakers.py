@@ -10,6 +10,7 @@ from fastapi import APIRouter, Query, Request, Response
 
 from service.engine import Engine, Outputs
 from service.errors import (
+    AudioTooShortError,
     InvalidRequestError,
     InvalidSamplesError,
     ModelMismatchError,
@@ -31,6 +32,7 @@ from service.routes.common import (
     audio_body,
     clock_of,
     model_info,
+    named,
     problems,
     runtime_of,
 )
@@ -38,7 +40,7 @@ from service.routes.direct import DirectRoute
 from service.runtime import Runtime, together
 from service.schemas import Claim, EnrolAnswer, EnrolmentClip, ModelInfo, SpeakerAnswer, SpeakersAnswer, VerifyAnswer
 from service.speakers import scoring
-from service.speakers.enrolment import Candidate, judge
+from service.speakers.enrolment import UNHEARD, Candidate, judge
 from service.speakers.roster import vector_of
 from service.speakers.store import Enrolment, Profile
 from service.speech import SpeechQuality, measure
@@ -91,20 +93,28 @@ SPEAKER_EXAMPLE = {
     openapi_extra=audio_body(several=True),
 )
 async def enrol(request: Request, caller: Enrols, speaker_id: SpeakerId, model: ModelParameter = None) -> Response:
-    """Creates the profile when new. Each clip is judged by itself; a refused one leaves no trace."""
+    """Creates the profile when new. Each clip is judged by itself; a refused one leaves no trace. Where one cannot be
+    decoded, none is taken."""
     runtime, clock = runtime_of(request), clock_of(request)
     deadline = deadline_of(request, runtime.settings)
     engine = await runtime.engine_for(model, deadline, "speaker")
     clips = await receive_clips(request, runtime.settings, clock, deadline, at_most=runtime.settings.clips_per_request)
-    candidates = await together(_candidate(runtime, engine, clip, clock, deadline) for clip in clips)
+    candidates = await together(
+        named(index, len(clips), _candidate(runtime, engine, clip, clock, deadline)) for index, clip in enumerate(clips)
+    )
+    # Not the engine: it may be unloaded while others write.
+    info, cohort, space = engine.speaker, engine.cohort, engine.space
+    report: list[EnrolmentClip] = []
 
-    def join() -> tuple[list[EnrolmentClip], Profile | None]:
-        profile = runtime.profiles.get(caller.tenant, speaker_id)
-        before = [] if profile is None else [entry.embedding for entry in _same_model(profile, engine)]
-        info, cohort = engine.speaker, engine.cohort
-        model_name, model_version = engine.space
+    def accept(profile: Profile | None) -> list[Enrolment]:
+        before = [] if profile is None else [entry.embedding for entry in _same_space(profile, space)]
         verdicts = judge(candidates, before, info, cohort)
-        accepted = [
+        report[:] = [
+            _clip_report(candidate.quality, None if verdict is None else verdict.value)
+            for candidate, verdict in zip(candidates, verdicts, strict=True)
+        ]
+        model_name, model_version = space
+        return [
             Enrolment(
                 model_name=model_name,
                 model_version=model_version,
@@ -113,17 +123,10 @@ async def enrol(request: Request, caller: Enrols, speaker_id: SpeakerId, model: 
                 snr_db=candidate.quality.snr_db,
             )
             for candidate, verdict in zip(candidates, verdicts, strict=True)
-            if verdict is None
+            if verdict is None and candidate.embedding is not None
         ]
-        if accepted:
-            profile = runtime.profiles.add(caller.tenant, speaker_id, accepted)
-        report = [
-            _clip_report(candidate.quality, None if verdict is None else verdict.value)
-            for candidate, verdict in zip(candidates, verdicts, strict=True)
-        ]
-        return report, profile
 
-    report, profile = await runtime.with_profiles(join, deadline)
+    profile = await runtime.with_profiles(lambda: runtime.profiles.enrol(caller.tenant, speaker_id, accept), deadline)
     for clip_report in report:
         runtime.metrics.enrolment_clips.labels(clip_report.reason or "accepted").inc()
     required_s = runtime.settings.enroll_required_speech_s
@@ -255,7 +258,7 @@ async def ready_profile(runtime: Runtime, engine: Engine, tenant: str, speaker_i
 
 def check_ready(runtime: Runtime, engine: Engine, profile: Profile) -> None:
     """Raises ProfileIncompleteError, ModelMismatchError."""
-    _same_model(profile, engine)
+    _same_space(profile, engine.space)
     required_s = runtime.settings.enroll_required_speech_s
     if profile.speech_s < required_s:
         raise ProfileIncompleteError(
@@ -291,8 +294,7 @@ def score_against(engine: Engine, profile: Profile, outputs: Outputs) -> scoring
     return scoring.score(vector_of(profile), outputs.speaker_embedding, engine.speaker, engine.cohort)
 
 
-def _same_model(profile: Profile, engine: Engine) -> tuple[Enrolment, ...]:
-    own = engine.space
+def _same_space(profile: Profile, own: tuple[str, int]) -> tuple[Enrolment, ...]:
     strange = {(entry.model_name, entry.model_version) for entry in profile.enrolments} - {own}
     if strange:
         name, version = sorted(strange)[0]
@@ -315,7 +317,10 @@ async def voice_of(
 
 
 async def _candidate(runtime: Runtime, engine: Engine, clip: Clip, clock: StageClock, deadline: float) -> Candidate:
-    waveform = await runtime.decode(engine, clip, clock, deadline)
+    try:
+        waveform = await runtime.decode(engine, clip, clock, deadline)
+    except AudioTooShortError:
+        return Candidate(UNHEARD, None)
     quality = measure(waveform)
     outputs = await runtime.infer(engine, waveform, clock, deadline, "speaker")
     return Candidate(quality, outputs.speaker_embedding)

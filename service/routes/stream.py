@@ -12,7 +12,6 @@ import logging
 import time
 from collections.abc import Sequence
 from typing import Annotated, cast
-from urllib.parse import urlsplit
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +30,6 @@ from service.auth import BEARER_PROTOCOL
 from service.engine import Engine
 from service.errors import (
     DeadlineExceededError,
-    ForbiddenError,
     InvalidMessageError,
     OverloadedError,
     ServiceError,
@@ -68,7 +66,6 @@ async def stream(
 ) -> None:
     """Binary messages of signed 16-bit little-endian mono PCM, of any size; detections as JSON."""
     runtime = runtime_of(websocket)
-    _refuse_other_pages(websocket, runtime)
     if runtime.draining:
         raise OverloadedError("the service is shutting down", retry_after_s=RETRY_AFTER_S)
     if runtime.streams >= runtime.settings.max_streams:
@@ -87,14 +84,6 @@ async def stream(
         except Exception:
             log.exception("a stream failed")
             await _end_with(websocket, runtime, ServiceError("the service failed here; the failure is logged"))
-
-
-def _refuse_other_pages(websocket: WebSocket, runtime: Runtime) -> None:
-    """Without keys, whoever reaches the service may use it, and a browser on this machine reaches it for every page
-    that is open in it: for requests it asks first, for WebSockets it does not. Raises ForbiddenError."""
-    origin = websocket.headers.get("origin")
-    if not runtime.settings.api_keys and origin and urlsplit(origin).netloc != websocket.headers.get("host"):
-        raise ForbiddenError("without API keys, pages of other origins may not open streams")
 
 
 class _Stream:

@@ -35,12 +35,16 @@ class Refusal(StrEnum):
     DIFFERENT_SPEAKER = "different_speaker"
 
 
+# Of a clip that is shorter than the model takes.
+UNHEARD = SpeechQuality(speech_s=0.0, snr_db=0.0, clipped_ratio=0.0)
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A clip offered for enrolment; embedding [D], unit length."""
+    """A clip offered for enrolment; embedding [D], unit length, None where the clip is too short to have one."""
 
     quality: SpeechQuality
-    embedding: Array
+    embedding: Array | None
 
 
 def judge(
@@ -51,15 +55,21 @@ def judge(
     known = list(before)
     verdicts: list[Refusal | None] = []
     for candidate in candidates:
-        verdict = refuse_quality(candidate.quality)
-        if verdict is None and known:
-            consistency = score(profile_vector(np.stack(known)), candidate.embedding, info, cohort)
-            if consistency.llr < LEAST_CONSISTENCY_LLR:
-                verdict = Refusal.DIFFERENT_SPEAKER
-        if verdict is None:
+        verdicts.append(_verdict(candidate, known, info, cohort))
+        if verdicts[-1] is None and candidate.embedding is not None:
             known.append(candidate.embedding)
-        verdicts.append(verdict)
     return verdicts
+
+
+def _verdict(candidate: Candidate, known: Sequence[Array], info: SpeakerInfo, cohort: Array | None) -> Refusal | None:
+    if candidate.embedding is None:
+        return Refusal.TOO_SHORT
+    verdict = refuse_quality(candidate.quality)
+    if verdict is None and known:
+        consistency = score(profile_vector(np.stack(known)), candidate.embedding, info, cohort)
+        if consistency.llr < LEAST_CONSISTENCY_LLR:
+            return Refusal.DIFFERENT_SPEAKER
+    return verdict
 
 
 def refuse_quality(quality: SpeechQuality) -> Refusal | None:

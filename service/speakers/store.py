@@ -9,7 +9,7 @@ from __future__ import annotations
 import builtins
 import logging
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -183,11 +183,24 @@ class ProfileStore:
             connection.execute(text("SELECT 1"))
 
     def add(self, tenant: str, speaker_id: str, enrolments: Sequence[Enrolment]) -> Profile:
-        """Append accepted clips, creating the speaker where new; durable on return."""
+        """Append clips, creating the speaker where new; durable on return."""
+        profile = self.enrol(tenant, speaker_id, lambda _: enrolments)
+        assert profile is not None
+        return profile
+
+    def enrol(
+        self, tenant: str, speaker_id: str, accept: Callable[[Profile | None], Sequence[Enrolment]]
+    ) -> Profile | None:
+        """Append the clips that `accept` takes into the profile as it is, while nobody else can change it; durable on
+        return. None where there is no profile and none was taken."""
         now = datetime.now(UTC)
         with _translated(), self._turn(), Session(self._writer) as session:
             revision = _next_revision(session, tenant)
             row = self._find(session, tenant, speaker_id)
+            before = None if row is None else self._profile(session, row)
+            enrolments = accept(before)
+            if not enrolments:
+                return before
             if row is None:
                 row = SpeakerRow(tenant=tenant, speaker_id=speaker_id, created_at=now, enrolments=[])
                 session.add(row)
@@ -205,7 +218,7 @@ class ProfileStore:
                     )
                 )
             session.flush()
-            (profile,) = _read(session, select(SpeakerRow.id).where(SpeakerRow.id == row.id), SpeakerRow.id)
+            profile = self._profile(session, row)
             session.commit()
             self._empty_log()
             return profile
@@ -297,6 +310,10 @@ class ProfileStore:
             log.warning("the profile database's log could not be emptied: %s", error)
         finally:
             raw.close()
+
+    def _profile(self, session: Session, row: SpeakerRow) -> Profile:
+        (profile,) = _read(session, select(SpeakerRow.id).where(SpeakerRow.id == row.id), SpeakerRow.id)
+        return profile
 
     def _find(self, session: Session, tenant: str, speaker_id: str) -> SpeakerRow | None:
         return session.scalar(

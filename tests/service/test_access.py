@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +40,42 @@ def test_without_a_right_key(guarded: RunningService, route: str, headers: dict[
     response = guarded.post(route, encoded(voice(1.0)), headers=headers)
     problem(response, 401, "unauthenticated")
     assert response.headers["www-authenticate"] == "Bearer"
+
+
+def test_nothing_is_read_of_whom_nobody_knows(guarded: RunningService) -> None:
+    """The answer comes before the body, which never does."""
+    asking = http.client.HTTPConnection(guarded.url.removeprefix("http://"), timeout=20)
+    asking.putrequest("POST", "/v1/models/sotto-edge/aliases/production")
+    asking.putheader("Content-Length", "400000000")
+    asking.endheaders()
+    assert asking.getresponse().status == 401
+    asking.close()
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Origin": "https://elsewhere.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://["}, 403),
+        ({"Host": "elsewhere.example"}, 403),
+        ({"Host": "elsewhere.example", "Origin": "http://elsewhere.example"}, 403),
+        ({"Host": "["}, 403),
+        ({"Host": "localhost:1234"}, 200),
+        ({"Host": "[::1]:8000", "Origin": "http://[::1]:8000"}, 200),
+        ({"Host": "127.0.0.1", "Origin": "http://127.0.0.1"}, 200),
+    ],
+)
+def test_without_keys_pages_of_other_origins_may_do_nothing(
+    service: RunningService, headers: dict[str, str], status: int
+) -> None:
+    form = {"audio": ("a.wav", encoded(voice(1.0)), "audio/wav")}
+    assert httpx.post(service.url + ROUTES["detect"], files=form, headers=headers).status_code == status
+
+
+def test_with_keys_any_page_may_ask(guarded: RunningService) -> None:
+    headers = {**key("both"), "Origin": "https://elsewhere.example", "Host": "speech.example"}
+    assert guarded.post(ROUTES["detect"], encoded(voice(1.0)), headers=headers).status_code == 200
 
 
 def test_a_right_key_in_either_header(guarded: RunningService) -> None:

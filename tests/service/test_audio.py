@@ -118,7 +118,24 @@ def test_raw_samples_without_a_good_rate_are_refused(content_type: str) -> None:
         decoded(bytes(32_000), content_type)
 
 
-@pytest.mark.parametrize("content_type", ["audio/pcm; rate=16000", 'audio/PCM;rate="16000"', "audio/L16;rate=16000"])
+def test_raw_samples_that_look_like_an_mp3_are_samples() -> None:
+    """Quiet noise begins with -1 as often as not, and 0xFF 0xFF begins an MPEG frame."""
+    samples = (tone(16_000) * 32767).astype("<i2")
+    samples[:2] = (-1, 0x4490)
+    data = samples.tobytes()
+    assert is_plain(data, "audio/pcm;rate=16000")
+    assert decoded(data, "audio/pcm;rate=16000").duration_s == 1.0
+
+
+@pytest.mark.parametrize("content_type", ["audio/pcm;rate=16000;channels=2", "audio/L16;rate=16000"])
+def test_raw_samples_of_other_shapes_are_refused_not_misheard(content_type: str) -> None:
+    with pytest.raises(UndecodableAudioError, match="raw samples"):
+        decoded(bytes(32_000), content_type)
+
+
+@pytest.mark.parametrize(
+    "content_type", ["audio/pcm; rate=16000", 'audio/PCM;rate="16000"', "audio/pcm;channels=1;rate=16000"]
+)
 def test_spellings_of_the_raw_type(content_type: str) -> None:
     assert decoded(bytes(32_000), content_type).duration_s == 1.0
 

@@ -246,6 +246,32 @@ def test_work_that_cannot_meet_its_deadline_is_refused_on_arrival() -> None:
     assert asyncio.run(main()) == [1.0] * 5
 
 
+def test_whoever_is_alone_is_run_whatever_was_learnt() -> None:
+    """A first call that a stopped process made slow must not refuse all others for ever."""
+    delays = iter([0.2, 0.0])
+
+    def call(items: list[float]) -> list[float]:
+        time.sleep(next(delays))
+        return items
+
+    async def main() -> list[float]:
+        with batcher(call, max_batch=8) as (made, _):
+            first = await made.submit(1.0, size=0.1, deadline=FAR)
+            # By what was learnt it would take 8 times 8 seconds.
+            second = await made.submit(2.0, size=4.0, deadline=time.monotonic() + 1.0)
+            return [first.value, second.value]
+
+    assert asyncio.run(main()) == [1.0, 2.0]
+
+
+def test_one_slow_call_moves_the_estimate_little() -> None:
+    with batcher(lambda items: items) as (made, _):
+        for group, seconds in (("a", 0.01), ("a", 10.0), ("b", 10.0)):
+            made._learn_speed(group, seconds, 1.0)
+        assert made._rate("a") == pytest.approx(0.01 + 0.1 * 0.03)
+        assert made._rate("b") == pytest.approx(4 * made._rate("a"))
+
+
 def test_close_finishes_what_is_queued_and_refuses_the_rest() -> None:
     async def main() -> list[float]:
         made: Batcher[float, float] = Batcher(

@@ -153,7 +153,7 @@ def test_what_need_not_be_read_to_its_end_is_not(http: tuple[type[BoundedHttp], 
     _, crowded, port = http
     crowded.told_s = 60.0
     with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as asking:
-        asking.sendall(f"POST {DETECT} HTTP/1.1\r\nHost: x\r\n{head}\r\n".encode())
+        asking.sendall(f"POST {DETECT} HTTP/1.1\r\nHost: localhost\r\n{head}\r\n".encode())
         answer = to_its_end(asking)
     assert answer.startswith(b"HTTP/1.1 503 ")
     assert b"connection: close" in answer
@@ -165,13 +165,13 @@ def test_the_body_of_what_was_turned_away_does_not_become_a_request(
 ) -> None:
     _, crowded, port = http
     crowded.told_s = 60.0
-    inner = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
-    head = f"POST {DETECT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(inner)}\r\n\r\n".encode()
+    inner = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    head = f"POST {DETECT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(inner)}\r\n\r\n".encode()
     with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as asking:
         asking.sendall(head)
         answer = asking.recv(2**16)
         asking.sendall(inner)
-        asking.sendall(b"GET /v1/keywords HTTP/1.1\r\nHost: x\r\n\r\n")
+        asking.sendall(b"GET /v1/keywords HTTP/1.1\r\nHost: localhost\r\n\r\n")
         answer += asking.recv(2**16)
     assert answer.count(b"HTTP/1.1 503 ") == answer.count(b"HTTP/1.1 ") == 2
 
@@ -180,17 +180,19 @@ def test_what_is_under_way_is_counted_until_it_is_answered_or_its_client_left(
     http: tuple[type[BoundedHttp], Crowded, int],
 ) -> None:
     _, crowded, port = http
-    head = f"POST {DETECT} HTTP/1.1\r\nHost: x\r\nContent-Type: audio/wav\r\nContent-Length: {len(CLIP)}\r\n\r\n"
+    head = (
+        f"POST {DETECT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: audio/wav\r\nContent-Length: {len(CLIP)}\r\n\r\n"
+    )
     with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as asking:
         asking.sendall(head.encode() + CLIP[:-1])
         asking.sendall(CLIP[-1:])
         asking.recv(2**16)
         # Answered at its head, so never a whole request under way.
-        asking.sendall(b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n")
+        asking.sendall(b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\n")
         assert asking.recv(2**16).startswith(b"HTTP/1.1 404")
         asking.sendall(b"12345")
         # As many as one likes in one piece are one connection's.
-        asking.sendall(head.encode() + CLIP + b"GET /v1/keywords HTTP/1.1\r\nHost: x\r\n\r\n" * 100)
+        asking.sendall(head.encode() + CLIP + b"GET /v1/keywords HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100)
         assert asking.recv(1)
         assert crowded.most == 1
     until(lambda: crowded.under_way == 0)
@@ -204,9 +206,10 @@ def test_a_stream_behind_an_unanswered_request_is_closed_and_counted_out(
     http: tuple[type[BoundedHttp], Crowded, int], handshake: str
 ) -> None:
     _, crowded, port = http
-    first = "GET /v1/keywords HTTP/1.1\r\nHost: x\r\n\r\n"
+    first = "GET /v1/keywords HTTP/1.1\r\nHost: localhost\r\n\r\n"
     upgrade = (
-        f"GET /v1/keywords/stream HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n{handshake}\r\n"
+        "GET /v1/keywords/stream HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        f"{handshake}\r\n"
     )
     for _ in range(3):
         with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as asking:
@@ -222,7 +225,7 @@ def test_who_is_turned_away_and_sends_an_empty_line_is_not_kept_for_ever(
     _, crowded, port = http
     crowded.told_s = 60.0
     with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as asking:
-        asking.sendall(b"GET /v1/keywords HTTP/1.1\r\nHost: x\r\n\r\n")
+        asking.sendall(b"GET /v1/keywords HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert asking.recv(2**16).startswith(b"HTTP/1.1 503")
         asking.sendall(b"\r\n")
         assert asking.recv(2**16) == b""
@@ -232,8 +235,10 @@ def test_a_request_behind_one_that_was_turned_away_is_not_cut_off(http: tuple[ty
     """By the timer that waited for it."""
     _, crowded, port = http
     crowded.told_s = 60.0
-    away = b"GET /v1/keywords HTTP/1.1\r\nHost: x\r\n\r\n"
-    slow = b"POST /v1/keywords/detect HTTP/1.1\r\nHost: x\r\nContent-Type: audio/wav\r\nContent-Length: %d\r\n\r\n"
+    away = b"GET /v1/keywords HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    slow = (
+        b"POST /v1/keywords/detect HTTP/1.1\r\nHost: localhost\r\nContent-Type: audio/wav\r\nContent-Length: %d\r\n\r\n"
+    )
     with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as asking:
         asking.sendall(away + away)
         answer = b""
@@ -255,7 +260,7 @@ def test_who_does_not_read_is_not_answered_again_and_again(http: tuple[type[Boun
         asking.settimeout(PATIENCE_S)
         with contextlib.suppress(ConnectionError):
             for _ in range(200):
-                asking.sendall(b"GET /v1/keywords HTTP/1.1\r\nHost: x\r\n\r\n" * 200)
+                asking.sendall(b"GET /v1/keywords HTTP/1.1\r\nHost: localhost\r\n\r\n" * 200)
             to_its_end(asking)
         assert crowded.begun == 0
 
@@ -265,9 +270,9 @@ def test_a_request_behind_a_refusal_that_closes_is_not_carried_out(
 ) -> None:
     _, crowded, port = http
     crowded.told_s = 60.0
-    last = b"GET /v1/keywords HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    last = b"GET /v1/keywords HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as asking:
-        asking.sendall(last + b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        asking.sendall(last + b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
         answer = to_its_end(asking)
     assert answer.count(b"HTTP/1.1 ") == 1
     assert crowded.begun == 0

@@ -18,7 +18,7 @@ from service.engine import Engine
 from service.protocol import protocol_for
 from service.runtime import Runtime
 from service.settings import Settings
-from tests.conftest import encoded, voice
+from tests.conftest import LOCAL, encoded, voice
 from tests.service.threads import PATIENCE_S, serving, until
 
 DETECT = "/v1/keywords/detect"
@@ -66,7 +66,7 @@ def faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
 def client(tmp_path: Path, faults: Faults) -> Iterator[TestClient]:
     assert faults.calls == 0
     settings = Settings(data_dir=tmp_path, inference_threads=1, call_timeout_s=CALL_TIMEOUT_S, request_timeout_s=30)
-    with TestClient(create_app(settings)) as made:
+    with TestClient(create_app(settings), LOCAL) as made:
         yield made
 
 
@@ -145,7 +145,10 @@ def test_the_clip_of_a_client_that_left_is_not_computed(tmp_path: Path, faults: 
         asking.start()
         assert faults.entered.acquire(timeout=PATIENCE_S)
         faults.now = lambda: None
-        head = f"POST {DETECT} HTTP/1.1\r\nHost: x\r\nContent-Type: audio/wav\r\nContent-Length: {len(CLIP)}\r\n\r\n"
+        head = (
+            f"POST {DETECT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: audio/wav\r\n"
+            f"Content-Length: {len(CLIP)}\r\n\r\n"
+        )
         runtime: Runtime = app.state.runtime
         with socket.create_connection(("127.0.0.1", port)) as leaving:
             leaving.sendall(head.encode() + CLIP)

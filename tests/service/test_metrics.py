@@ -187,6 +187,15 @@ def test_no_label_holds_what_callers_sent(busy: RunningService) -> None:
     assert all("hopper" not in text for _, labels in series(busy) for _, text in labels)
 
 
+@pytest.mark.parametrize(
+    "accept", ["application/openmetrics-text; version=x", "application/openmetrics-text;version=", ";;"]
+)
+def test_whatever_a_scraper_accepts_it_gets_metrics(busy: RunningService, accept: str) -> None:
+    response = busy.get("/metrics", headers={"Accept": accept})
+    assert response.status_code == 200
+    assert "sotto_ready" in response.text
+
+
 def test_openmetrics_where_asked_for(busy: RunningService) -> None:
     response = busy.get("/metrics", headers={"Accept": OPENMETRICS})
     assert response.headers["content-type"].startswith("application/openmetrics-text")

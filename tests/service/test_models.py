@@ -18,7 +18,7 @@ from service.app import create_app
 from service.auth import hash_key
 from service.engine import Engine
 from service.settings import ApiKey, Settings
-from tests.conftest import encoded, start_service, stop_service, voice
+from tests.conftest import LOCAL, encoded, start_service, stop_service, voice
 
 NAME = "sotto-edge"
 DETECT, ALIAS = "/v1/keywords/detect", f"/v1/models/{NAME}/aliases/production"
@@ -45,7 +45,7 @@ def settings(store: LocalStore, **changes: object) -> Settings:
 
 @pytest.fixture
 def client(store: LocalStore) -> Iterator[TestClient]:
-    with TestClient(create_app(settings(store))) as made:
+    with TestClient(create_app(settings(store)), LOCAL) as made:
         yield made
 
 
@@ -111,9 +111,20 @@ def test_a_move_that_makes_no_sense_is_refused(client: TestClient, path: str, bo
     assert client.post(path, json=body).status_code == status
 
 
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff", b"[" * 3000, b'{"version": ' + b"1" * 3000 + b"}"])
+def test_a_move_that_is_no_json_is_refused(client: TestClient, body: bytes) -> None:
+    answer = client.post(ALIAS, content=body)
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
+
+
+def test_a_move_of_many_bytes_is_refused(client: TestClient) -> None:
+    answer = client.post(ALIAS, content=b" " * 5000)
+    assert (answer.status_code, answer.json()["code"]) == (413, "audio_too_large")
+
+
 def test_only_administrators_move_aliases(store: LocalStore) -> None:
     key = ApiKey(name="app", sha256=hash_key("secret"))
-    with TestClient(create_app(settings(store, api_keys=(key,)))) as client:
+    with TestClient(create_app(settings(store, api_keys=(key,))), LOCAL) as client:
         refused = client.post(ALIAS, json={"version": 2}, headers={"X-API-Key": "secret"})
     assert (refused.status_code, refused.json()["code"]) == (403, "forbidden")
     assert store.aliases(NAME) == {"production": 1}
@@ -121,14 +132,14 @@ def test_only_administrators_move_aliases(store: LocalStore) -> None:
 
 def test_models_beyond_the_limit_are_unloaded_least_recently_used_first(store: LocalStore) -> None:
     one = Engine(store.resolve(NAME), intra_op_threads=1).memory_bytes
-    with TestClient(create_app(settings(store, models_memory_bytes=one * 2 + one // 2))) as client:
+    with TestClient(create_app(settings(store, models_memory_bytes=one * 2 + one // 2)), LOCAL) as client:
         assert [version(client, model=f"{NAME}@{number}") for number in (2, 3)] == [2, 3]
         # The default stays, however long ago it was asked for.
         assert loaded(client) == [1, 3]
 
 
 def test_where_requests_load_nothing_an_alias_still_does(store: LocalStore) -> None:
-    with TestClient(create_app(settings(store, load_on_request=False))) as client:
+    with TestClient(create_app(settings(store, load_on_request=False)), LOCAL) as client:
         asked = client.post(DETECT, params={"model": f"{NAME}@2"}, content=CLIP, headers=WAV)
         assert (asked.status_code, asked.json()["code"]) == (404, "not_found")
         assert client.post(ALIAS, json={"version": 2}).status_code == 200
@@ -136,7 +147,7 @@ def test_where_requests_load_nothing_an_alias_still_does(store: LocalStore) -> N
 
 
 def test_an_alias_moved_by_someone_else_is_followed(store: LocalStore) -> None:
-    with TestClient(create_app(settings(store, models_refresh_s=0.01))) as client:
+    with TestClient(create_app(settings(store, models_refresh_s=0.01)), LOCAL) as client:
         assert version(client) == 1
         store.set_alias(NAME, "production", 3)
         end = time.monotonic() + 60
@@ -148,7 +159,7 @@ def test_a_broken_version_behind_the_alias_leaves_the_old_one_in_place(
     store: LocalStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     spoil(store, 2)
-    with TestClient(create_app(settings(store, models_refresh_s=0.01))) as client:
+    with TestClient(create_app(settings(store, models_refresh_s=0.01)), LOCAL) as client:
         store.set_alias(NAME, "production", 2)
         end = time.monotonic() + 60
         while "is not served" not in caplog.text:

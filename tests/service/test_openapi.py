@@ -51,7 +51,7 @@ ERROR_STATUSES = {
     ("post", "/v1/analyze"): AUDIO_STATUSES,
     ("get", "/v1/models"): CALLER_STATUSES,
     ("get", "/v1/models/{name}"): CALLER_STATUSES | {"404"},
-    ("post", "/v1/models/{name}/aliases/{alias}"): CALLER_STATUSES | {"404", "409"},
+    ("post", "/v1/models/{name}/aliases/{alias}"): CALLER_STATUSES | {"400", "404", "408", "409", "413", "504"},
 }
 AUDIO_CODES = (
     "undecodable_audio", "malformed_body", "audio_too_large", "unsupported_media_type", "audio_too_short",

@@ -19,9 +19,10 @@ from starlette.testclient import TestClient
 from model_store import LocalStore, Manifest
 from service.app import create_app
 from service.routes import identify
+from service.routes.embeddings import FRAMES_AT_ONCE
 from service.settings import Settings
 from service.speakers import roster
-from tests.conftest import REPOSITORY, RunningService, Samples, encoded, voice
+from tests.conftest import LOCAL, REPOSITORY, RunningService, Samples, encoded, voice
 
 COMPUTER = (REPOSITORY / "examples" / "computer.wav").read_bytes()
 FIVE_WORDS = (REPOSITORY / "examples" / "five-words.wav").read_bytes()
@@ -156,6 +157,27 @@ def test_several_clips_are_judged_one_by_one(service: RunningService, speakers: 
     assert (body["enrollments"], body["status"]) == (2, "enrolled")
 
 
+def test_a_clip_too_short_for_the_model_harms_no_other(service: RunningService, speakers: str) -> None:
+    clips = [encoded(voice(1.5, **ADA)), encoded(voice(0.02, **ADA)), encoded(voice(1.5, seed=2, **ADA))]
+    told = answer(service.post(f"/v1/speakers/{speakers}-short/enrollments", files=several(*clips)))
+    assert [clip["reason"] for clip in told["clips"]] == [None, "too_short", None]
+    assert told["enrollments"] == 2
+
+
+def test_what_is_wrong_with_one_clip_of_several_is_said_of_that_one(service: RunningService, speakers: str) -> None:
+    clips = several(encoded(voice(1.5, **ADA)), b"no audio at all")
+    for path in (EMBEDDINGS, f"/v1/speakers/{speakers}-odd/enrollments"):
+        refused = service.post(path, files=clips)
+        assert (refused.status_code, refused.json()["code"]) == (400, "undecodable_audio")
+        assert refused.json()["detail"].startswith("clip 1: ")
+    assert service.get(f"/v1/speakers/{speakers}-odd").status_code == 404
+
+
+def test_every_answer_says_how_long_it_took(service: RunningService) -> None:
+    for path in ("/healthz", "/nowhere", "/v1/models"):
+        assert re.fullmatch(r"total;dur=[0-9.]+", service.get(path).headers["server-timing"])
+
+
 def test_verification_tells_a_voice_from_another(service: RunningService, ada: str) -> None:
     path = f"/v1/speakers/{ada}/verify"
     same = answer(service.post(path, encoded(voice(3, seed=5, **ADA))))
@@ -226,7 +248,7 @@ def test_candidates_that_cannot_be_are_refused(service: RunningService, candidat
 @pytest.mark.parametrize("memory", [0, 2**20], ids=["read each time", "held"])
 def test_all_profiles_are_compared_page_by_page(tmp_path: Path, memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
     clip = encoded(voice(3, seed=5, **ADA))
-    with TestClient(create_app(Settings(data_dir=tmp_path, profiles_memory_bytes=memory))) as service:
+    with TestClient(create_app(Settings(data_dir=tmp_path, profiles_memory_bytes=memory)), LOCAL) as service:
         for name, pitch in (("ada", ADA), ("bob", BOB), ("cy", {"pitch_hz": 160.0})):
             answer(service.post(f"/v1/speakers/{name}/enrollments", content=encoded(voice(4, **pitch)), headers=WAV))
         whole = answer(service.post(IDENTIFY, content=clip, headers=WAV))
@@ -240,7 +262,7 @@ def test_all_profiles_are_compared_page_by_page(tmp_path: Path, memory: int, mon
 
 
 def test_nobody_is_identified_where_nobody_is_enrolled(tmp_path: Path) -> None:
-    with TestClient(create_app(Settings(data_dir=tmp_path))) as service:
+    with TestClient(create_app(Settings(data_dir=tmp_path)), LOCAL) as service:
         body = answer(service.post(IDENTIFY, content=encoded(voice(3)), headers=WAV))
     assert (body["candidates"], body["identified"], body["compared"]) == ([], None, 0)
 
@@ -292,6 +314,21 @@ def test_embeddings_as_numbers_and_as_bytes(service: RunningService, manifest: M
         assert len(values) * numbers["frame_hop_s"] == pytest.approx(numbers["data"][0]["duration_s"], abs=0.05)
     else:
         assert np.linalg.norm(values) == pytest.approx(1, abs=1e-4)
+
+
+def test_frames_of_several_long_clips_come_whole(service: RunningService) -> None:
+    """They are written piece by piece."""
+    clips = [encoded(voice(seconds, **ADA)) for seconds in (9.0, 1.0)]
+    query = {"type": "frames"}
+    numbers = answer(service.post(EMBEDDINGS, files=several(*clips), params=query))
+    coded = answer(service.post(EMBEDDINGS, files=several(*clips), params={**query, "encoding": "base64"}))
+    for entry, same in zip(numbers["data"], coded["data"], strict=True):
+        values = np.array(entry.pop("embedding"), dtype=np.float32)
+        raw = np.frombuffer(base64.b64decode(same.pop("embedding"), validate=True), dtype="<f4")
+        np.testing.assert_array_equal(raw, values.ravel())
+        assert entry == same == {"index": entry["index"], "frames": len(values), "duration_s": entry["duration_s"]}
+    assert [(entry["index"], entry["duration_s"]) for entry in numbers["data"]] == [(0, 9.0), (1, 1.0)]
+    assert numbers["data"][0]["frames"] > FRAMES_AT_ONCE
 
 
 def test_embeddings_come_in_the_order_of_the_clips(service: RunningService) -> None:

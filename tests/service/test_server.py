@@ -25,7 +25,9 @@ SOTTO = str(Path(sys.executable).with_name("sotto"))
 # Generous: it says when to give up, not how fast things are.
 DEADLINE_S = 120.0
 # A request whose body never comes.
-UNFINISHED = b"POST /v1/keywords/detect HTTP/1.1\r\nHost: x\r\nContent-Type: audio/wav\r\nContent-Length: 9\r\n\r\n"
+UNFINISHED = (
+    b"POST /v1/keywords/detect HTTP/1.1\r\nHost: localhost\r\nContent-Type: audio/wav\r\nContent-Length: 9\r\n\r\n"
+)
 
 
 def until(condition: Callable[[], bool]) -> bool:

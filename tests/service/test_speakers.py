@@ -17,7 +17,7 @@ from service.speakers import store as store_module
 from service.speakers import turns
 from service.speakers.enrolment import Candidate, Refusal, judge
 from service.speakers.scoring import probability, profile_vector, score, scores
-from service.speakers.store import Enrolment, ProfileStore
+from service.speakers.store import Enrolment, Profile, ProfileStore
 from service.speech import SpeechQuality
 
 DIM = 8
@@ -215,6 +215,35 @@ def test_a_writer_whose_turn_does_not_come_is_refused_and_changes_nothing(
     assert file_store.get("t", "ada") is None
     file_store.add("t", "ada", [enrolment(1)])
     assert file_store.count("t") == 1
+
+
+def test_clips_are_judged_against_the_profile_that_they_join(store: ProfileStore) -> None:
+    """Of many that come at once, each sees those before it."""
+    together = threading.Barrier(6)
+
+    def only_the_first(before: Profile | None) -> list[Enrolment]:
+        return [] if before else [enrolment(1)]
+
+    def enrol() -> None:
+        together.wait()
+        profile = store.enrol("t", "ada", only_the_first)
+        assert profile is not None
+
+    threads = [threading.Thread(target=enrol) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    profile = store.get("t", "ada")
+    assert profile is not None
+    assert len(profile.enrolments) == 1
+
+
+def test_where_no_clip_is_taken_nothing_changes(store: ProfileStore) -> None:
+    before = store.revision("t")
+    assert store.enrol("t", "ada", lambda _: []) is None
+    assert store.ids("t") == set()
+    assert store.revision("t") == before
 
 
 def test_the_schema_is_stamped_with_its_revision(file_store: ProfileStore, tmp_path: Path) -> None:

@@ -171,9 +171,26 @@ def test_a_text_that_means_nothing_ends_the_stream(service: RunningService, text
 
 def test_a_message_too_large_ends_the_stream(service: RunningService) -> None:
     with connect(url(service)) as connection:
-        connection.send(bytes(2**16 + 2))
-        listen(connection)
+        connection.send(bytes(2**18 + 2))
+        last = listen(connection)[-1]
+    assert (last["type"], last["code"]) == ("error", "invalid_message")
+    assert "too large" in last["detail"]
     assert connection.close_code == 1009
+
+
+@pytest.mark.parametrize(("path", "status", "code"), [
+    ("/v1/keywords/stream?rate=1", 422, "invalid_request"), ("/v1/nothing", 404, "not_found"),
+    ("/healthz", 404, "not_found"),
+])  # fmt: skip
+def test_a_refusal_is_a_problem_and_no_failure(service: RunningService, path: str, status: int, code: str) -> None:
+    before = service.log.read_text()
+    with pytest.raises(InvalidStatus) as refused, connect(service.url.replace("http", "ws") + path):
+        pass
+    response = refused.value.response
+    assert (response.status_code, json.loads(response.body)["code"]) == (status, code)
+    assert response.headers["x-request-id"]
+    service.get("/healthz")
+    assert "Traceback" not in service.log.read_text().removeprefix(before)
 
 
 def test_without_keys_pages_of_other_origins_are_refused(service: RunningService) -> None:

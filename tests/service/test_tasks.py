@@ -12,7 +12,7 @@ from model_store.golden import pack, unpack
 from model_store.graph import part_of
 from service.app import create_app
 from service.settings import Settings
-from tests.conftest import encoded, voice
+from tests.conftest import LOCAL, encoded, voice
 
 WAV = {"Content-Type": "audio/wav"}
 CLIP = encoded(voice(2.0))
@@ -44,7 +44,7 @@ def client(builtin_store: LocalStore, tmp_path_factory: pytest.TempPathFactory) 
     settings = Settings.model_validate(
         {"data_dir": folder / "data", "models_dir": store.root, "model": "words", "inference_threads": 1}
     )
-    with TestClient(create_app(settings)) as made:
+    with TestClient(create_app(settings), LOCAL) as made:
         yield made
 
 

@@ -16,7 +16,7 @@ from service.app import create_app
 from service.audio import Waveform
 from service.engine import Engine
 from service.settings import Settings
-from tests.conftest import voice
+from tests.conftest import LOCAL, voice
 
 Events = list[tuple[str, float, float]]
 
@@ -35,14 +35,14 @@ def client(store: LocalStore, tmp_path_factory: pytest.TempPathFactory) -> Itera
     settings = Settings.model_validate(
         {"data_dir": tmp_path_factory.mktemp("data"), "models_dir": store.root, "model": "tiny", "inference_threads": 2}
     )
-    with TestClient(create_app(settings)) as made:
+    with TestClient(create_app(settings), LOCAL) as made:
         yield made
 
 
 def streamed(client: TestClient, pcm: bytes, size: int) -> Events:
     """What is told of the audio, sent in messages of so many bytes."""
     events = []
-    with client.websocket_connect("/v1/keywords/stream?threshold=0.2") as connection:
+    with client.websocket_connect(f"{LOCAL}/v1/keywords/stream?threshold=0.2".replace("http", "ws")) as connection:
         assert connection.receive_json()["type"] == "ready"
         for start in range(0, len(pcm), size):
             connection.send_bytes(pcm[start : start + size])
