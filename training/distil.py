@@ -53,6 +53,10 @@ class DistilRecipe(AudioRecipe):
     schedule: Schedule
 
 
+# What a finished student leaves, and of a model the file that is written last.
+EDGE, PREPROCESSOR = "edge.pt", "preprocessor_config.json"
+
+
 def distil(
     recipe: DistilRecipe, folder: Path, cache_folder: Path, *, teacher: str | None = None, stop_after: int | None = None
 ) -> Path:
@@ -84,9 +88,10 @@ def distil(
         rates=(("student.model.feature_extractor.", recipe.cnn_rate),) if recipe.shape == "distilhubert" else (),
     )
     fit(job, stop_after=stop_after)
-    if is_finished(folder):
+    # Once: others may be reading it.
+    if is_finished(folder) and not any((folder / file).is_file() for file in (EDGE, f"model/{PREPROCESSOR}")):
         if isinstance(stage.student, Edge):
-            torch.save(stage.student.state_dict(), folder / "edge.pt")
+            torch.save(stage.student.state_dict(), folder / EDGE)
         else:
             save_teacher(stage.student, folder / "model")
     return folder

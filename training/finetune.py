@@ -207,7 +207,8 @@ def finetune(
         ),
     )
     fit(job, stop_after=stop_after)
-    if is_finished(folder):
+    # Once: others may be reading it.
+    if is_finished(folder) and not (folder / DESCRIPTION).is_file():
         save_joint(model, labels, folder, recipe, backbone={"folder": origin, "digest": backbone})
     return folder
 

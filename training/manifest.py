@@ -186,6 +186,12 @@ def digest_tables(root: Path) -> dict[str, str]:
     }
 
 
+def digest_alignments(root: Path) -> dict[str, str]:
+    """SHA-256 of the tables of where words are."""
+    tables = sorted(root.glob("*/alignments.csv"))
+    return {str(table.relative_to(root)): hashlib.sha256(table.read_bytes()).hexdigest() for table in tables}
+
+
 def _hash_fraction(seed: int, name: str) -> float:
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64

@@ -25,8 +25,8 @@ were not distilled, have more or fewer. Fine-tuning turns from task to task: wha
 of the steps for it, and is compared with a model that had so too. Models of some corpora's words were asked for those.
 Bundles are not calibrated, as only ranks of scores are compared; speakers' scores are normalised by a cohort of
 training speakers (AS-norm), as they are where it is served, and EER by cosine is without. No recipe, checkpoint or
-threshold was chosen on the split reported here. Each was trained once, and `asc` has six people: a point of difference
-may be the seed's."""
+threshold was chosen on the split reported here. Minutes of training are by the clock, beside whatever else the machine
+did. Each was trained once, and `asc` has six people: a point of difference may be the seed's."""
 
 
 class Variant(BaseModel):

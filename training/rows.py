@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from model_store import Bundle, LocalStore, builtin_store_path
 from training.calibrate import TASKS, bundle_of
-from training.distil import DistilRecipe, distil
+from training.distil import PREPROCESSOR, DistilRecipe, distil
 from training.errors import RunError
 from training.evaluation.client import served
 from training.evaluation.cost import machine
@@ -30,14 +30,15 @@ from training.files import is_locked, locked, write_json
 from training.finetune import HEADS, MASKS, FinetuneRecipe, finetune
 from training.finished import open_run, read_run
 from training.kept import Kept
-from training.manifest import digest_tables, read_data
+from training.manifest import digest_alignments, digest_data, digest_tables, read_data
 from training.outcome import FIGURES, Measured, Shared
 from training.plan import Budget, StudyRecipe, distillation, tuning
 from training.pretrain import PretrainRecipe, pretrain
 from training.recipe import NOT_DECIDED, read_recipe
+from training.revision import git_revision
 from training.students.masks import load_masks, similarity
 from training.teachers import load_teacher
-from training.trainer import losses_of, seconds_taken
+from training.trainer import is_finished, losses_of, seconds_taken
 
 Say = Callable[[str], None]
 WEIGHTS = "model.safetensors"
@@ -78,14 +79,16 @@ class Rows:
         self._ready: dict[str, Path] = {}
         self._runs: dict[str, Path] = {}
         self._failed: dict[str, str] = {}
+        # Now, before files change under this process.
+        git_revision()
 
     def teacher(self) -> Path:
         """The folder of the teacher, pre-trained where that has not been done. Raises RunError."""
         return self._weights(TEACHER)
 
     def is_here(self, name: str) -> bool:
-        """Whether the row was made by this process, not kept."""
-        return name in self._runs or self._study.rows[name].bundle is not None
+        """Whether the row was made in this folder, not kept from elsewhere."""
+        return self._study.rows[name].bundle is not None or is_finished(self._folder(name))
 
     def is_taken(self, name: str) -> bool:
         """Whether another process is at work on the row, or on something that it begins with."""
@@ -111,6 +114,7 @@ class Rows:
                 if found is None:
                     found = self._measured(name)
                     self._kept.keep_row(name, decided, found)
+                    self._keep_sharing(name)
         return replace(found, title=row.title, against=row.against)
 
     def _measured(self, name: str) -> Measured:
@@ -150,6 +154,13 @@ class Rows:
             if self._study.rows[name].together:
                 groups.setdefault(self._study.rows[name].together, []).append(name)
         return [self._sharing(names) for names in groups.values() if len(names) > 1]
+
+    def _keep_sharing(self, name: str) -> None:
+        """As soon as its last row is trained, or the machine may be gone before."""
+        group = self._study.rows[name].together
+        names = [one for one, row in self._study.rows.items() if group and row.together == group]
+        if len(names) > 1 and all(is_finished(self._folder(one)) for one in names):
+            self._sharing(names)
 
     def _sharing(self, names: list[str]) -> Shared:
         decided = [self._decided(name) for name in names]
@@ -202,6 +213,9 @@ class Rows:
             return folder / "model"
         return self._run(name) / "model"
 
+    def _folder(self, name: str) -> Path:
+        return self._setting.folder / f"row-{name}" / "run"
+
     def _lock(self, name: str) -> Path:
         return self._setting.folder / (f"row-{name}.lock" if name in self._study.rows else f"{name}.lock")
 
@@ -209,7 +223,7 @@ class Rows:
         """The row's fine-tuning, finished."""
         if name not in self._runs:
             init = self._weights(self._study.rows[name].init)
-            run = self._setting.folder / f"row-{name}" / "run"
+            run = self._folder(name)
             with locked(run.parent / "run.lock"):
                 self._setting.say(f"fine-tuning {name}")
                 finetune(self._tuning(name), run, self._setting.cache, init=str(init))
@@ -253,17 +267,30 @@ class Rows:
         ]
 
     def _decided(self, name: str) -> dict[str, Any]:
-        """All that the row's figures come from, the code but for."""
+        """All that the row's figures come from, but for the code and with it the defaults of settings."""
         recipe = self._tuning(name)
         return {
             "recipe": _settings(recipe),
+            "heard": self._heard,
             "init": self._origin(self._study.rows[name].init),
             **self._measurement(name, recipe.tasks),
         }
 
+    @cached_property
+    def _judge(self) -> dict[str, str]:
+        """The teacher's files, by what is in them."""
+        teacher = self._weights(TEACHER)
+        files = (teacher / file for file in (WEIGHTS, "config.json", PREPROCESSOR))
+        return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
+
+    @cached_property
+    def _heard(self) -> dict[str, str]:
+        """The data: tables, recordings, and where in them the words are."""
+        return digest_data(read_data(self._root)) | digest_alignments(self._root)
+
     def _origin(self, name: str) -> Any:
         if name == TEACHER:
-            return hashlib.sha256((self._weights(TEACHER) / WEIGHTS).read_bytes()).hexdigest()
+            return self._judge
         if name in self._study.distil:
             return [_settings(self._distillation(name)), self._origin(self._study.distil[name].teacher)]
         return [_settings(self._tuning(name)), self._origin(self._study.rows[name].init)]

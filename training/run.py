@@ -12,7 +12,6 @@ import json
 import math
 import pickle
 import platform
-import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,7 @@ from training.objectives.spotting import clip_loss, event_log_odds, frame_loss
 from training.precision import processor_has_bf16
 from training.progress import training_progress
 from training.recipe import Recipe, VoicesRecipe
+from training.revision import git_revision
 from training.rooms import with_rooms
 from training.spectral import SpectralAugment
 from training.students.edge import FRAME_HOP, Edge
@@ -265,9 +265,7 @@ def _step(
         student.hold_keywords()
     weights = recipe.loss
     spectral = SpectralAugment(recipe.spectral, len(batch.lengths), torch.default_generator)
-    with torch.autocast(
-        "cpu", torch.bfloat16, enabled=recipe.schedule.precision == "bfloat16" and processor_has_bf16()
-    ):
+    with torch.autocast("cpu", torch.bfloat16, enabled=_in_bf16(recipe)):
         shared = weights.shared_gradient if step >= weights.shared_gradient_from_step else 1.0
         out = student(batch.waveform, batch.lengths, spectral, shared_gradient=shared)
     known = (batch.speaker != NO_SPEAKER) & ~spectral.warped
@@ -332,6 +330,10 @@ def _averaged(recipe: Recipe, prepared: Prepared, average: dict[str, torch.Tenso
     return student.eval()
 
 
+def _in_bf16(recipe: Recipe) -> bool:
+    return recipe.schedule.precision == "bfloat16" and processor_has_bf16()
+
+
 def _write_run_file(recipe: Recipe, folder: Path, prepared: Prepared, source: BatchSource, student: Edge) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "run.json"
@@ -350,6 +352,7 @@ def _write_run_file(recipe: Recipe, folder: Path, prepared: Prepared, source: Ba
         "git_revision": git_revision(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "computed_in": "bfloat16" if _in_bf16(recipe) else "float32",
         "labels": prepared.labels,
         "init": hashlib.sha256(recipe.init.read_bytes()).hexdigest() if recipe.init else None,
         "before": hashlib.sha256((folder / "before/student.pt").read_bytes()).hexdigest() if recipe.after else None,
@@ -360,21 +363,6 @@ def _write_run_file(recipe: Recipe, folder: Path, prepared: Prepared, source: Ba
         "parameters": sum(parameter.numel() for parameter in student.parameters()),
     }
     write_json(run, path)
-
-
-def git_revision() -> str:
-    """HEAD of the code's repository, with `+changes` where files differ from it; "unknown" without git."""
-    here = Path(__file__).parent
-    try:
-        head = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "--", "."], cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return f"{head}+changes" if changed else head
 
 
 def chosen(recipe: Recipe, clips: list[Clip]) -> list[Clip]:

@@ -17,7 +17,7 @@ from training.errors import RecipeError
 from training.evaluation.cost import latencies_ms, machine, multiply_accumulates
 from training.evaluation.report import Figure
 from training.files import write_json
-from training.outcome import Measured, Outcome, Section
+from training.outcome import Measured, Outcome, Section, Shared
 from training.plan import StudyRecipe
 from training.rows import Rows, Setting
 
@@ -42,13 +42,18 @@ def run_study(study: StudyRecipe, setting: Setting, sections: Sequence[Section] 
         row = study.rows[name]
         try:
             rows[name] = made.measured(name)
-            # For a look at some rows it is not worth making the network of others.
-            if made.is_here(name) or not setting.part:
-                graphs[name] = made.graph(name)
         # Whatever one row dies of, hours of the others' work are not to be lost to it.
         except Exception as error:
             setting.say(f"{name} failed: {error}")
             rows[name] = Measured(row.title, [], {}, f"{type(error).__name__}: {error}", row.against)
+    for name in (name for name in study.rows if not rows[name].error):
+        # For a look at some rows it is not worth making the network of others.
+        if made.is_here(name) or not setting.part:
+            try:
+                graphs[name] = made.graph(name)
+            # Its other figures stay.
+            except Exception as error:
+                setting.say(f"{name} is not timed: {error}")
     setting.say("timing all graphs side by side")
     trunks = {f"{FRAMES} of {name}": part_of(graph, (FRAMES,)) for name, graph in graphs.items()}
     latencies = latencies_ms({**graphs, **trunks})
@@ -73,13 +78,22 @@ def run_study(study: StudyRecipe, setting: Setting, sections: Sequence[Section] 
         {name: rows[name] for name in study.rows},
         {str(name): value for name, value in study.marks.items()},
         list(sections),
-        made.shared(list(graphs)),
+        _shared(made, list(graphs), setting),
         study.remarks,
         machine(),
     )
     if not setting.part:
         outcome.write(setting.folder)
     return outcome
+
+
+def _shared(made: Rows, names: Sequence[str], setting: Setting) -> list[Shared]:
+    try:
+        return made.shared(names)
+    # As for a row.
+    except Exception as error:
+        setting.say(f"what is shared is not told: {error}")
+        return []
 
 
 def _claim(setting: Setting) -> None:

@@ -33,6 +33,7 @@ from training.files import write_json
 from training.long_convolution import transform_long_convolutions
 from training.precision import computed_in
 from training.progress import training_progress
+from training.revision import git_revision
 
 BatchT = TypeVar("BatchT")
 BatchT_co = TypeVar("BatchT_co", covariant=True)
@@ -343,16 +344,17 @@ def _attend_plainly(stage: nn.Module) -> None:
 
 def _claim(job: Job[Any], precision: str) -> None:
     """Write `run.json`, or check that the one there is of the same run."""
-    from training.run import git_revision
-
     job.folder.mkdir(parents=True, exist_ok=True)
     path = job.folder / "run.json"
     identity = json.loads(json.dumps({**job.identity, "seed": job.seed, "schedule": job.schedule.model_dump()}))
     if path.is_file():
         # `sotto train` keeps a run.json of its own, without an identity.
-        stored = json.loads(path.read_text(encoding="utf-8")).get("identity")
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        stored = begun.get("identity")
         if stored is None or not _is_same_run(job, stored, identity):
             raise RunError(f"{job.folder} holds a run of something else; give --run another folder")
+        if precision not in begun.get("computed_in", precision).split(", then "):
+            write_json({**begun, "computed_in": f"{begun['computed_in']}, then {precision}"}, path)
         return
     run = {
         "identity": identity,

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -14,7 +15,7 @@ from tests.conftest import REPOSITORY
 from tests.training.chain import distil_recipe, pretrain_recipe, tune_recipe
 from training import rows as rows_module
 from training.distil import DistilRecipe
-from training.errors import RecipeError, TrainingError
+from training.errors import RecipeError, RunError, TrainingError
 from training.files import locked
 from training.outcome import Outcome
 from training.plan import (
@@ -194,7 +195,7 @@ def test_studies_that_do_not_go_together_are_refused(study_file: Path, tmp_path:
 def test_rows_are_cut_down_to_those_asked_for_and_what_they_begin_with() -> None:
     joined, sections = join_studies([load_study(path) for path in PAPERS])
     cut, left = only_rows(joined, sections, ["pruned-80", "star"])
-    assert list(cut.rows) == ["reference", "student", "pruned-80", "star"]
+    assert list(cut.rows) == ["reference", "student", "student-on", "pruned-80", "star"]
     beside, _ = only_rows(joined, sections, ["route-sv"])
     assert list(beside.rows) == ["reference", "reference-speakers", "own-sv", "route-sv"]
     assert set(cut.distil) == {"distilled", "relations"}
@@ -287,6 +288,31 @@ def test_rows_that_were_kept_are_not_trained_on_another_machine(
     first = run_study(study, setting)
     assert not [row.error for row in first.rows.values() if row.error]
     assert {path.name for path in (tmp_path / "kept").iterdir()} == {"reference.json", "a.json", "b.json", "a+b.json"}
+    # What is finished is not written again: another process may be reading it.
+    written = [*(tmp_path / "run").rglob("*.safetensors"), *(tmp_path / "run").rglob("joint.json")]
+    dates = [path.stat().st_mtime_ns for path in written]
+    with monkeypatch.context() as patched:
+        patched.setattr(rows_module.Rows, "graph", Mock(side_effect=RunError("no graph")))
+        untimed = run_study(study, setting)
+    assert not [row.error for row in untimed.rows.values() if row.error]
+    assert untimed.rows["a"].value("keywords top-1") == first.rows["a"].value("keywords top-1")
+    assert run_study(study, setting).rows["a"].value("file") == first.rows["a"].value("file")
+    assert [path.stat().st_mtime_ns for path in written] == dates
+    before = rows_module.Rows(study, setting)._decided("a")
+    config_before = (tmp_path / "published" / "config.json").read_text()
+    where = made_data / "asc" / "alignments.csv"
+    assert not where.exists()
+    where.write_text("path,keyword,start_s,end_s\n")
+    try:
+        assert rows_module.Rows(study, setting)._decided("a") != before
+    finally:
+        where.unlink()
+    assert rows_module.Rows(study, setting)._decided("a") == before
+    with (tmp_path / "published" / "config.json").open("a") as config:
+        config.write("\n")
+    assert rows_module.Rows(study, setting)._decided("a") != before
+    (tmp_path / "published" / "config.json").write_text(config_before)
+    assert rows_module.Rows(study, setting)._decided("a") == before
 
     said.clear()
     elsewhere = replace(setting, folder=tmp_path / "elsewhere")

@@ -272,6 +272,16 @@ def test_bf16_is_not_emulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, h
     assert same(weights(stage), weights(fit(job(tmp_path / "whole")))) is not has_it
 
 
+def test_a_run_that_goes_on_in_other_arithmetic_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    half = SCHEDULE.model_copy(update={"precision": "bf16"})
+    told = []
+    for has_it in (True, False, False):
+        monkeypatch.setattr(precision, "processor_has_bf16", lambda has_it=has_it: has_it)
+        fit(job(tmp_path / "run", half), stop_after=4)
+        told.append(json.loads((tmp_path / "run/run.json").read_text())["computed_in"])
+    assert told == ["bf16", "bf16, then no", "bf16, then no"]
+
+
 @pytest.mark.parametrize(("decay", "middle"), [("linear", 0.5), ("cosine", 0.5)])
 def test_the_learning_rate_rises_then_falls(decay: str, middle: float) -> None:
     schedule = Schedule.model_validate({"steps": 110, "warmup": 10 / 110, "peak_learning_rate": 1.0, "decay": decay})

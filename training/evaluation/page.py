@@ -148,7 +148,8 @@ def made_on(outcome: Outcome) -> list[str]:
     if len(places) < 2:
         return []
     return [
-        "Rows were trained and measured on several machines; minutes of training compare within one of them only.",
+        "Rows were trained and measured on several machines, each of which made distillations of its own; minutes of "
+        "training compare within one of them only.",
         "",
         *(f"* {place}: {'; '.join(titles)}." for place, titles in places.items()),
         "",
