@@ -144,7 +144,7 @@ class UnauthenticatedError(ServiceError):
 class ForbiddenError(ServiceError):
     """The key is right but lacks the scope."""
 
-    status, code, title = 403, "forbidden", "API key lacks a scope"
+    status, code, title = 403, "forbidden", "Not allowed"
 
 
 class NotFoundError(ServiceError):
