@@ -21,12 +21,12 @@ from service.errors import (
     PROBLEM_TYPE_PREFIX,
     InvalidRequestError,
     NotFoundError,
-    Problem,
     ServiceError,
     faults_of,
     problem_response,
 )
 from service.middleware import RequestFrame
+from service.openapi import complete
 from service.protocol import REQUEST_ID, own_request_id
 from service.routes import analyze, embeddings, identify, keywords, models, ops, speakers, stream
 from service.routes.common import refuse_unknown_query, runtime_of
@@ -37,16 +37,15 @@ from service.settings import Settings
 DESCRIPTION = """Keywords, speaker verification and speech embeddings from one small network.
 
 Send audio as the raw body (`audio/wav`, `audio/flac`, `audio/ogg`, `audio/mpeg`, `audio/pcm;rate=16000`) or as the
-part `audio` of `multipart/form-data`. Errors are RFC 9457 problem details with a stable `code`."""
+part `audio` of `multipart/form-data`. Errors are RFC 9457 problem details with a stable `code`. Live audio goes to the
+WebSocket `/v1/keywords/stream`, which OpenAPI has no words for; the README has."""
 
 
 class _Application(FastAPI):
     def openapi(self) -> dict[str, Any]:
-        """With the schema of problem details, which no route names as its model: FastAPI would document it as
-        application/json."""
-        document = super().openapi()
-        document["components"]["schemas"].setdefault("Problem", Problem.model_json_schema())
-        return document
+        if self.openapi_schema is None:
+            self.openapi_schema = complete(super().openapi(), keyed=bool(self.state.runtime.settings.api_keys))
+        return self.openapi_schema
 
 
 # The server has drained all requests by then; only a stuck call can make this wait.
@@ -75,6 +74,8 @@ def create_app(settings: Settings) -> FastAPI:
         version=version("sotto"),
         lifespan=lifespan,
         redirect_slashes=False,
+        # What generated clients call their functions.
+        generate_unique_id_function=lambda route: route.name,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
         dependencies=[Depends(refuse_unknown_query)],
     )

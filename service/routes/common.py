@@ -23,6 +23,7 @@ from service.errors import (
     InvalidRequestError,
     InvalidSamplesError,
     MalformedBodyError,
+    MalformedRequestError,
     ModelMismatchError,
     ModelUnusableError,
     NoSpeechError,
@@ -56,13 +57,16 @@ AUDIO_ERRORS: tuple[type[ServiceError], ...] = (
     RequestTooSlowError,
     ModelUnusableError,
 )
-CALLER_ERRORS: tuple[type[ServiceError], ...] = (
-    UnauthenticatedError,
-    ForbiddenError,
-    RateLimitedError,
+# Of any request, before a route sees it, and of what nobody foresaw.
+REQUEST_ERRORS: tuple[type[ServiceError], ...] = (
+    MalformedRequestError,
     InvalidRequestError,
+    RequestTooSlowError,
     HeadTooLargeError,
+    OverloadedError,
+    ServiceError,
 )
+CALLER_ERRORS: tuple[type[ServiceError], ...] = (UnauthenticatedError, ForbiddenError, RateLimitedError)
 PROFILE_ERRORS: tuple[type[ServiceError], ...] = (StorageUnavailableError, DeadlineExceededError)
 # Of any route that holds one clip against profiles.
 CLAIM_ERRORS: tuple[type[ServiceError], ...] = (
@@ -80,10 +84,10 @@ _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _MEDIA_TYPES = ("audio/wav", "audio/flac", "audio/ogg", "audio/mpeg", "audio/pcm;rate=16000")
 
 
-def problems(*errors: type[ServiceError]) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI `responses` for these errors and those that any authenticated route can give."""
+def problems(*errors: type[ServiceError], keyed: bool = True) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI `responses` for these errors and those that any route can give, or any that asks for a key."""
     found: dict[int | str, dict[str, Any]] = {}
-    for error in (*CALLER_ERRORS, *errors):
+    for error in (*REQUEST_ERRORS, *(CALLER_ERRORS if keyed else ()), *errors):
         known = found.setdefault(
             error.status, {"description": "", "content": {PROBLEM_JSON: {"schema": PROBLEM_SCHEMA}}}
         )

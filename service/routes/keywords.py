@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query, Request, Response
 
 from service import keywords as spotting
 from service.engine import Engine, Outputs
-from service.errors import InvalidSamplesError, ModelUnusableError, NotFoundError, OverloadedError
+from service.errors import DeadlineExceededError, InvalidSamplesError, ModelUnusableError, NotFoundError
 from service.intake import deadline_of, receive_clips
 from service.routes.common import (
     AUDIO_ERRORS,
@@ -97,7 +97,7 @@ async def detect(
                 }
             }
         },
-        **problems(NotFoundError, ModelUnusableError, OverloadedError),
+        **problems(NotFoundError, ModelUnusableError, DeadlineExceededError),
     },
 )
 async def list_keywords(request: Request, caller: Infers, model: ModelParameter = None) -> Response:  # noqa: ARG001  asks for the scope

@@ -19,7 +19,6 @@ from service.errors import (
     MalformedBodyError,
     ModelUnusableError,
     NotFoundError,
-    RequestTooSlowError,
     faults_of,
 )
 from service.intake import deadline_of, read_body
@@ -112,7 +111,6 @@ async def show_model(request: Request, caller: Infers, name: str) -> Response:  
             ModelUnusableError,
             MalformedBodyError,
             AudioTooLargeError,
-            RequestTooSlowError,
             DeadlineExceededError,
         ),
     },

@@ -7,7 +7,7 @@ import asyncio
 from fastapi import APIRouter, Request, Response
 from prometheus_client.exposition import choose_encoder
 
-from service.routes.common import answer, runtime_of
+from service.routes.common import answer, problems, runtime_of
 from service.schemas import HealthAnswer, ReadyAnswer
 
 router = APIRouter(tags=["operations"])
@@ -20,6 +20,7 @@ READY_EXAMPLE = {"ready": True, "checks": {"accepting": True, "inference": True,
     summary="Is the process up?",
     response_model=HealthAnswer,
     responses={
+        **problems(keyed=False),
         200: {"content": {"application/json": {"example": {"status": "ok"}}}},
         503: {"model": HealthAnswer, "description": "Threads are stuck in calls that never end: restart the process."},
     },
@@ -35,6 +36,7 @@ async def health(request: Request) -> Response:
     summary="Should requests be sent here?",
     response_model=ReadyAnswer,
     responses={
+        **problems(keyed=False),
         200: {"content": {"application/json": {"example": READY_EXAMPLE}}},
         503: {"model": ReadyAnswer, "description": "Some check fails; `checks` says which."},
     },
@@ -52,7 +54,7 @@ async def ready(request: Request) -> Response:
     "/metrics",
     summary="Prometheus metrics",
     response_class=Response,
-    responses={200: {"content": {"text/plain": {"example": "sotto_ready 1.0\n"}}}},
+    responses={**problems(keyed=False), 200: {"content": {"text/plain": {"example": "sotto_ready 1.0\n"}}}},
 )
 async def metrics(request: Request) -> Response:
     """Text format, or OpenMetrics where the scraper asks for it."""

@@ -34,13 +34,14 @@ OPERATIONS = {
     ("get", "/readyz"),
     ("get", "/metrics"),
 }
-# What any route behind a key can answer, and any that takes audio.
-CALLER_STATUSES = {"401", "403", "422", "429", "431"}
-AUDIO_STATUSES = CALLER_STATUSES | {"400", "404", "408", "409", "413", "415", "500", "503", "504"}
-PROFILE_STATUSES = CALLER_STATUSES | {"503", "504"}
+# What any request can be refused with, any behind a key, any that takes audio.
+REQUEST_STATUSES = {"400", "408", "422", "431", "500", "503"}
+CALLER_STATUSES = REQUEST_STATUSES | {"401", "403", "429"}
+AUDIO_STATUSES = CALLER_STATUSES | {"404", "409", "413", "415", "504"}
+PROFILE_STATUSES = CALLER_STATUSES | {"504"}
 ERROR_STATUSES = {
     ("post", "/v1/keywords/detect"): AUDIO_STATUSES,
-    ("get", "/v1/keywords"): CALLER_STATUSES | {"404", "409", "503"},
+    ("get", "/v1/keywords"): CALLER_STATUSES | {"404", "409", "504"},
     ("post", "/v1/speakers/{speaker_id}/enrollments"): AUDIO_STATUSES,
     ("post", "/v1/speakers/{speaker_id}/verify"): AUDIO_STATUSES,
     ("post", "/v1/speakers/identify"): AUDIO_STATUSES,
@@ -51,8 +52,12 @@ ERROR_STATUSES = {
     ("post", "/v1/analyze"): AUDIO_STATUSES,
     ("get", "/v1/models"): CALLER_STATUSES,
     ("get", "/v1/models/{name}"): CALLER_STATUSES | {"404"},
-    ("post", "/v1/models/{name}/aliases/{alias}"): CALLER_STATUSES | {"400", "404", "408", "409", "413", "504"},
+    ("post", "/v1/models/{name}/aliases/{alias}"): CALLER_STATUSES | {"404", "409", "413", "504"},
+    ("get", "/healthz"): REQUEST_STATUSES,
+    ("get", "/readyz"): REQUEST_STATUSES,
+    ("get", "/metrics"): REQUEST_STATUSES,
 }
+PROBES = {("get", "/healthz"), ("get", "/readyz"), ("get", "/metrics")}
 AUDIO_CODES = (
     "undecodable_audio", "malformed_body", "audio_too_large", "unsupported_media_type", "audio_too_short",
     "invalid_samples", "invalid_request", "not_found", "unauthenticated", "forbidden", "overloaded", "rate_limited",
@@ -110,8 +115,48 @@ def test_every_error_is_documented_as_a_problem(document: dict[str, Any], method
     answers = document["paths"][path][method]["responses"]
     errors = {status: answer for status, answer in answers.items() if not status.startswith("2")}
     assert set(errors) == ERROR_STATUSES[method, path]
-    for answer in errors.values():
+    for status, answer in errors.items():
+        if (method, path) in PROBES and status == "503":
+            continue  # says what is wrong
         assert answer["content"] == {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+
+
+@pytest.mark.parametrize(("method", "path"), sorted(ERROR_STATUSES))
+def test_what_asks_for_a_key_says_so(document: dict[str, Any], method: str, path: str) -> None:
+    ways = document["paths"][path][method].get("security")
+    assert ways == (None if (method, path) in PROBES else [{}, {"bearer": []}, {"x-api-key": []}])
+    assert {"bearer", "x-api-key"} == set(document["components"]["securitySchemes"])
+
+
+def test_with_keys_nobody_goes_without() -> None:
+    key = {"name": "app", "tenant": "app", "scopes": ["infer"], "sha256": "0" * 64}
+    document = create_app(Settings(api_keys=[key], host="127.0.0.1")).openapi()
+    assert document["paths"]["/v1/embeddings"]["post"]["security"] == [{"bearer": []}, {"x-api-key": []}]
+
+
+def test_every_answer_has_the_headers_that_are_documented(service: RunningService, document: dict[str, Any]) -> None:
+    answers = document["paths"]["/v1/keywords/detect"]["post"]["responses"]
+    names = document["components"]["headers"]
+    for answer, status in ((service.get("/v1/models"), "200"), (service.post("/v1/keywords/detect"), "415")):
+        assert answer.status_code == int(status)
+        for name in answers[status]["headers"]:
+            assert name in answer.headers
+            assert name in names
+    assert "Retry-After" in answers["429"]["headers"]
+    assert "WWW-Authenticate" in answers["401"]["headers"]
+
+
+def test_deadlines_are_documented_where_they_are_kept(document: dict[str, Any]) -> None:
+    for methods in document["paths"].values():
+        for operation in methods.values():
+            named = {"$ref": "#/components/parameters/timeout"} in operation["parameters"]
+            assert named == ("504" in operation["responses"])
+
+
+def test_generated_clients_get_names_that_can_be_read(document: dict[str, Any]) -> None:
+    names = [one["operationId"] for methods in document["paths"].values() for one in methods.values()]
+    assert len(set(names)) == len(names)
+    assert {"detect", "enrol", "verify", "identify", "embed"} <= set(names)
 
 
 @pytest.mark.parametrize("code", AUDIO_CODES)
@@ -132,8 +177,10 @@ def test_every_reference_resolves(document: dict[str, Any]) -> None:
         own = {node["$ref"]} if isinstance(node, dict) and "$ref" in node else set()
         return own.union(*map(references, children))
 
-    prefix = "#/components/schemas/"
-    assert {name.removeprefix(prefix) for name in references(document)} <= set(document["components"]["schemas"])
+    for name in references(document):
+        _, components, kind, part = name.split("/")
+        assert components == "components"
+        assert part in document["components"][kind]
 
 
 def test_every_audio_route_names_its_media_types(document: dict[str, Any]) -> None:
