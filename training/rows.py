@@ -105,16 +105,14 @@ class Rows:
             bundle = self._bundle(name)
             report = self._report(name, bundle, TASKS)
             return Measured(row.title, [*report.figures, _parameters(bundle)], report.det, against=row.against)
-        decided = self._decided(name)
-        found = self._kept.row(name, decided)
-        if found is None:
-            with locked(self._lock(name)):
-                # Another process may have kept it meanwhile.
-                found = self._kept.row(name, decided)
-                if found is None:
-                    found = self._measured(name)
-                    self._kept.keep_row(name, decided, found)
-                    self._keep_sharing(name)
+        # Before anything that takes time, or processes that began together would both have found it free.
+        with locked(self._lock(name)):
+            decided = self._decided(name)
+            found = self._kept.row(name, decided)
+            if found is None:
+                found = self._measured(name)
+                self._kept.keep_row(name, decided, found)
+                self._keep_sharing(name)
         return replace(found, title=row.title, against=row.against)
 
     def _measured(self, name: str) -> Measured:

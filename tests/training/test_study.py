@@ -319,7 +319,7 @@ def test_rows_that_were_kept_are_not_trained_on_another_machine(
     with monkeypatch.context() as patched:
         patched.setattr(rows_module, "evaluate", None)
         again = run_study(study, elsewhere)
-    assert [path.name for path in (tmp_path / "elsewhere").glob("row-*")] == []
+    assert [path.name for path in (tmp_path / "elsewhere").glob("row-*") if path.is_dir()] == []
     assert again.shared == first.shared
     for name, row in again.rows.items():
         assert not row.error
