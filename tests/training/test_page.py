@@ -47,10 +47,10 @@ def test_the_student_is_compared_with_the_reference() -> None:
 def test_machines_are_named_where_there_were_several() -> None:
     rows = {name: replace(row, made_on="2 cores of A") for name, row in OUTCOME.rows.items()}
     assert made_on(replace(OUTCOME, rows=rows)) == []
-    rows["student"] = replace(rows["student"], made_on="8 cores of B")
+    rows["student"] = replace(rows["student"], made_on="8 cores of B", revision="0123456789")
     lines = made_on(replace(OUTCOME, rows=rows))
     assert "* 2 cores of A: the reference; the broken one." in lines
-    assert "* 8 cores of B: the student." in lines
+    assert "* 8 cores of B, code of 0123456: the student." in lines
 
 
 def test_a_row_is_compared_with_the_one_that_it_names() -> None:

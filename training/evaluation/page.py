@@ -141,17 +141,22 @@ def explained(outcome: Outcome) -> list[str]:
 
 def made_on(outcome: Outcome) -> list[str]:
     """Which rows were trained and measured where, if not all in one place."""
-    places: dict[str, list[str]] = {}
+    places: dict[str, list[Measured]] = {}
     for row in outcome.rows.values():
         if row.made_on:
-            places.setdefault(row.made_on, []).append(row.title)
+            places.setdefault(row.made_on, []).append(row)
     if len(places) < 2:
         return []
+    code = {place: dict.fromkeys(row.revision[:7] for row in rows if row.revision) for place, rows in places.items()}
     return [
         "Rows were trained and measured on several machines, each of which made distillations of its own; minutes of "
         "training compare within one of them only.",
         "",
-        *(f"* {place}: {'; '.join(titles)}." for place, titles in places.items()),
+        *(
+            f"* {place}{', code of ' if code[place] else ''}{', '.join(code[place])}: "
+            f"{'; '.join(row.title for row in rows)}."
+            for place, rows in places.items()
+        ),
         "",
     ]
 
