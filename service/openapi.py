@@ -17,7 +17,7 @@ REQUEST_HEADERS = {
     "request_id": {
         "name": REQUEST_ID,
         "in": "header",
-        "description": "Yours, echoed in the answer and written in the log; made here where it is absent.",
+        "description": "Yours, echoed in the answer; made here where it is absent.",
         "schema": _TEXT,
     },
     "timeout": {
@@ -30,7 +30,7 @@ REQUEST_HEADERS = {
 RESPONSE_HEADERS = {
     REQUEST_ID: {"description": "The request's id.", "schema": _TEXT},
     "Server-Timing": {
-        "description": "Milliseconds by stage: `decode`, `queue`, `inference`, `postprocess`; or `total`.",
+        "description": "Milliseconds by stage: `receive`, `decode`, `queue`, `inference`, `postprocess`; or `total`.",
         "schema": _TEXT,
     },
     "Retry-After": {"description": "Seconds.", "schema": _WHOLE},
