@@ -1,7 +1,9 @@
 """Keywords as they are said: `stream.py FILE` plays a recording in real time, `stream.py -` reads 16-bit PCM at 16 kHz
-from a microphone, such as `arecord -q -t raw -f S16_LE -r 16000 -c 1 | stream.py -`. Prints one JSON message a line."""
+from a microphone, such as `arecord -q -t raw -f S16_LE -r 16000 -c 1 | stream.py -`. Prints one JSON message a line.
+Where the service asks for a key, put it into the environment as API_KEY."""
 
 import asyncio
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -37,7 +39,9 @@ async def listen(connection: ClientConnection) -> None:
 
 
 async def main(source: str, url: str) -> None:
-    async with connect(f"{url}/v1/keywords/stream?rate={RATE_HZ}") as connection:
+    key = os.environ.get("API_KEY")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    async with connect(f"{url}/v1/keywords/stream?rate={RATE_HZ}", additional_headers=headers) as connection:
         listening = asyncio.create_task(listen(connection))
         waiting = pieces(source)
         while (piece := await asyncio.to_thread(next, waiting, None)) is not None:

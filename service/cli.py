@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
+from typing import Annotated
 
 import typer
 from pydantic import ValidationError
 
 from model_store import StoreError
-from service.auth import hash_key, new_key
-from service.errors import ServiceError
-from service.settings import Settings
+from service.auth import DEFAULT_TENANT, hash_key, new_key
+from service.errors import ServiceError, faults_of
+from service.settings import ApiKey, Settings
 
 app = typer.Typer(help="The service.")
 keys = typer.Typer(no_args_is_help=True, help="API keys.")
@@ -42,9 +44,21 @@ def serve() -> None:
 
 
 @keys.command("new")
-def new(name: str = "default", scope: list[str] = ["infer", "enrol"]) -> None:  # noqa: B006  typer copies it
+def new(
+    name: str = "default",
+    scope: list[str] = ["infer", "enrol"],  # noqa: B006  typer copies it
+    tenant: Annotated[str, typer.Option(help="Keys of one tenant share their speakers; others see none of them.")] = (
+        DEFAULT_TENANT
+    ),
+) -> None:
     """Make an API key; prints the secret once, and the configuration that accepts it."""
     secret = new_key()
-    entry = {"name": name, "sha256": hash_key(secret), "scopes": scope}
+    try:
+        entry = ApiKey.model_validate(
+            {"name": name, "sha256": hash_key(secret), "scopes": scope, "tenant": tenant}
+        ).model_dump(mode="json")
+    except ValidationError as error:
+        typer.echo(f"error: {faults_of(error.errors())}", err=True)
+        raise typer.Exit(2) from error
     typer.echo(f"key (give this to the caller, it is not stored): {secret}")
-    typer.echo(f"SOTTO_API_KEYS='{json.dumps([entry])}'")
+    typer.echo(f"SOTTO_API_KEYS={shlex.quote(json.dumps([entry]))}")

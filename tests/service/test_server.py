@@ -121,6 +121,24 @@ def test_with_a_key_it_listens_to_the_open_network(tmp_path: Path, started: list
     assert service.get("/v1/keywords", headers={"X-API-Key": "secret"}).status_code == 200
 
 
+def test_a_new_key_has_the_tenant_and_scopes_that_were_asked_for() -> None:
+    asked = [SOTTO, "keys", "new", "--name", "o'brien", "--tenant", "shop", "--scope", "admin"]
+    printed = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=60).stdout
+    # As a shell reads it, where it is pasted.
+    line = printed.splitlines()[1]
+    read = subprocess.run(["sh", "-c", f'{line}; printf %s "$SOTTO_API_KEYS"'], capture_output=True, check=True).stdout
+    (key,) = json.loads(read)
+    assert (key["name"], key["tenant"], key["scopes"]) == ("o'brien", "shop", ["admin"])
+
+
+@pytest.mark.parametrize("wrong", [("--scope", "admn"), ("--tenant", "a b"), ("--name", "")])
+def test_a_key_that_the_service_would_refuse_is_not_made(wrong: tuple[str, str]) -> None:
+    done = subprocess.run([SOTTO, "keys", "new", *wrong], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert not done.stdout
+
+
 def test_the_key_that_sotto_makes_is_accepted(tmp_path: Path, started: list[RunningService]) -> None:
     printed = subprocess.run([SOTTO, "keys", "new"], capture_output=True, text=True, check=True, timeout=60).stdout
     (secret,) = re.findall(r": (sotto_\S+)", printed)
