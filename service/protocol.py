@@ -32,6 +32,7 @@ from service.errors import (
     problem_response,
 )
 from service.intake import TIMEOUT_HEADER, time_given_s
+from service.lingering import LingeringTransport
 from service.metrics import UNMATCHED, Metrics
 from service.settings import Settings
 
@@ -81,6 +82,7 @@ class BoundedHttp(HttpToolsProtocol):
         super().__init__(*arguments, **options)
         self._head_bytes = 0
         self._in_head = True
+        self._in_message = False
         self._body_bytes = 0
         self._body_since = 0.0
         self._receiving: TimerHandle | None = None
@@ -89,7 +91,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._upgraded = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
-        super().connection_made(transport)
+        super().connection_made(LingeringTransport(transport, self))  # type: ignore[arg-type]  # all that is asked of one
         if len(self.connections) > NOT_ACCEPTED * self.bounds.limit_connections:
             transport.abort()
             return
@@ -115,7 +117,7 @@ class BoundedHttp(HttpToolsProtocol):
         super().on_message_begin()
         # Of a request that came before in the same piece.
         self._unset_keepalive_if_required()
-        self._in_head = True
+        self._in_head = self._in_message = True
         if self._receiving is None:
             self._wait_for_head()
 
@@ -157,6 +159,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._stop()
+        self._in_message = False
         self._head_bytes = 0
         if self._turned_away:
             self._turned_away = False
@@ -188,8 +191,19 @@ class BoundedHttp(HttpToolsProtocol):
         self._count_out()
         super().connection_lost(exc)
 
+    def hears_more(self) -> bool:
+        return self._in_message
+
+    def part(self) -> None:
+        # What uvicorn does for an application whose client has gone.
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+            self.flow.resume_writing()
+
     def send_400_response(self, msg: str) -> None:
         """uvicorn's, in the one error shape."""
+        self._in_message = True
         self._refuse(MalformedRequestError(f"this is no HTTP/1.1: {msg}"))
 
     def _wait_for_head(self) -> None:
@@ -293,6 +307,12 @@ class BoundedStream(WebSocketsSansIOProtocol):
             self.transport.write(b"".join(self.conn.data_to_send()))
             self.handshake_complete = self.close_sent = True
             self.transport.close()
+
+    def hears_more(self) -> bool:
+        return self.conn.close_rcvd is None and self.handshake_initiated
+
+    def part(self) -> None:
+        self.writable.set()
 
     def handle_cont(self, event: Frame) -> None:
         super().handle_cont(event)

@@ -20,6 +20,9 @@ HEAD = (
 )
 
 
+LARGE = 8 * 1024 * 1024
+
+
 def dial(service: RunningService) -> socket.socket:
     connection = socket.create_connection(("127.0.0.1", int(service.url.rsplit(":", 1)[1])), timeout=PATIENCE_S)
     connection.settimeout(PATIENCE_S)
@@ -36,9 +39,7 @@ def trickle(connection: socket.socket, data: bytes, every_s: float) -> bytes:
         except TimeoutError:
             continue
         connection.settimeout(PATIENCE_S)
-        while part := connection.recv(65_536):
-            answer += part
-        return answer
+        return answer + everything(connection)
     raise AssertionError("everything was sent and nothing was answered")
 
 
@@ -49,6 +50,13 @@ def lives(connection: socket.socket) -> bool:
     while not answer.endswith(b'"ok"}') and (part := connection.recv(65_536)):
         answer += part
     return answer.startswith(b"HTTP/1.1 200 ")
+
+
+def everything(connection: socket.socket) -> bytes:
+    answer = b""
+    while part := connection.recv(65_536):
+        answer += part
+    return answer
 
 
 def problem(answer: bytes) -> tuple[int, str]:
@@ -113,6 +121,32 @@ def test_in_a_crowd_only_probes_are_answered(tmp_path: Path, started: list[Runni
         for path in ("/healthz", "/readyz", "/metrics"):
             assert service.get(path).status_code == 200
     until(lambda: service.post("/v1/keywords/detect", clip).status_code == 200)
+
+
+def test_who_reads_only_after_sending_everything_hears_why_it_was_refused(
+    tmp_path: Path, started: list[RunningService]
+) -> None:
+    service = start_service(tmp_path, limit_connections="4")
+    started.append(service)
+    with ExitStack() as stack:
+        for _ in range(4):
+            stack.enter_context(dial(service))
+        late = stack.enter_context(dial(service))
+        late.sendall(HEAD.replace(b"100000", b"%d" % LARGE) + bytes(LARGE))
+        assert problem(everything(late)) == (503, "overloaded")
+
+
+def test_who_never_stops_sending_is_cut_off(tmp_path: Path, started: list[RunningService]) -> None:
+    service = start_service(tmp_path, limit_connections="4")
+    started.append(service)
+    with ExitStack() as stack:
+        for _ in range(4):
+            stack.enter_context(dial(service))
+        endless = stack.enter_context(dial(service))
+        endless.sendall(HEAD.replace(b"100000", b"%d" % 2**40))
+        with pytest.raises(ConnectionError):
+            endless.sendall(bytes(2**28))
+    until(lambda: service.get("/v1/models").status_code == 200)
 
 
 def test_a_stream_in_a_crowd_is_refused_in_words_on_a_used_connection_too(
@@ -198,7 +232,7 @@ def test_a_body_after_its_answer_gets_no_second_one(service: RunningService) -> 
     with dial(service) as connection:
         connection.sendall(HEAD.replace(b"audio/wav", b"text/html"))
         answer = connection.recv(65_536)
-        connection.sendall(bytes(50_000))
+        connection.sendall(bytes(1_000))
         while part := connection.recv(65_536):
             answer += part
     assert answer.count(b"HTTP/1.1") == 1

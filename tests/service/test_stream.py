@@ -169,9 +169,10 @@ def test_a_text_that_means_nothing_ends_the_stream(service: RunningService, text
     assert connection.close_code == 1003
 
 
-def test_a_message_too_large_ends_the_stream(service: RunningService) -> None:
+@pytest.mark.parametrize("size", [2**18 + 2, 2**21])
+def test_a_message_too_large_ends_the_stream(service: RunningService, size: int) -> None:
     with connect(url(service)) as connection:
-        connection.send(bytes(2**18 + 2))
+        connection.send(bytes(size))
         last = listen(connection)[-1]
     assert (last["type"], last["code"]) == ("error", "invalid_message")
     assert "too large" in last["detail"]

@@ -1,0 +1,89 @@
+"""The end of a connection whose client is still sending (RFC 9112, section 9.6).
+
+Closing a socket with bytes unread resets its connection, and a client that has not read yet loses what was written
+before: why its upload is refused, why its stream has ended. So we say that nothing more will come and read on for a
+while, as nginx does (`lingering_close`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Protocol
+
+LINGER_S = 2.0
+# A whole upload of the largest kind; a client that sends more than that does not listen.
+MOST_BYTES = 64 * 1024 * 1024
+
+
+class Parting(Protocol):
+    """What a protocol tells and is told when its connection ends."""
+
+    def hears_more(self) -> bool:
+        """Whether the client may be in the middle of saying something."""
+
+    def part(self) -> None:
+        """Nothing that is heard or said from here on counts."""
+
+    def connection_lost(self, exc: Exception | None) -> None: ...
+    def pause_writing(self) -> None: ...
+    def resume_writing(self) -> None: ...
+
+
+class LingeringTransport:
+    """A transport whose `close` lets the client hear the last word; otherwise the one it is given."""
+
+    def __init__(self, transport: Any, protocol: Parting) -> None:
+        self._transport = transport
+        self._protocol = protocol
+        self._parted = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def set_protocol(self, protocol: Parting) -> None:
+        self._protocol = protocol
+        self._transport.set_protocol(protocol)
+
+    def write(self, data: bytes) -> None:
+        if not self._parted:
+            self._transport.write(data)
+
+    def is_closing(self) -> bool:
+        return self._parted or self._transport.is_closing()
+
+    def close(self) -> None:
+        if self.is_closing():
+            return
+        if not self._protocol.hears_more() or not self._transport.can_write_eof():
+            self._transport.close()
+            return
+        self._parted = True
+        self._transport.set_protocol(_Rest(self._transport, self._protocol))
+        self._transport.write_eof()
+        self._transport.resume_reading()
+        self._protocol.part()
+
+
+class _Rest(asyncio.Protocol):
+    """Reads what nobody waits for, until the client has closed, or for `LINGER_S` or `MOST_BYTES`."""
+
+    def __init__(self, transport: Any, before: Parting) -> None:
+        self._transport = transport
+        self._before = before
+        self._bytes = 0
+        self._end = asyncio.get_running_loop().call_later(LINGER_S, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        self._bytes += len(data)
+        if self._bytes > MOST_BYTES:
+            self._transport.close()
+
+    def pause_writing(self) -> None:
+        self._before.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._before.resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end.cancel()
+        self._before.connection_lost(exc)
