@@ -66,7 +66,7 @@ def create_app(settings: Settings) -> FastAPI:
         finally:
             watching.cancel()
             runtime.draining = True
-            await asyncio.to_thread(runtime.close, CLOSE_S)
+            runtime.closed = await asyncio.to_thread(runtime.close, CLOSE_S)
 
     app = _Application(
         title="sotto",

@@ -21,6 +21,7 @@ from model_store.streaming import ENDLESS, Chunk, Progress, StreamingGraph
 from service import audio
 from service.auth import Authenticator
 from service.batching import Batcher
+from service.deadlines import until, within
 from service.engine import PARTS, Engine, Outputs, Part, Task
 from service.errors import (
     ClientGoneError,
@@ -44,6 +45,7 @@ from service.queueing import (
 from service.settings import Settings, available_cpus
 from service.speakers.roster import Rosters
 from service.speakers.store import ProfileStore
+from service.speakers.threads import ProfileThreads
 from service.timing import StageClock
 
 T = TypeVar("T")
@@ -122,7 +124,9 @@ class Runtime:
         self.intra_op_threads = settings.intra_op_threads or 1
         self.streams = 0
         self.started = False
+        self.closed = True
         self.draining = False
+        self._failed: list[str] = []
 
     def start(self) -> None:
         """Load and warm the model, open the database. Blocking.
@@ -154,10 +158,7 @@ class Runtime:
             observer=BatchObserver(self.metrics),
         )
         self.decoders = ThreadPoolExecutor(settings.decode_threads or cpus, thread_name_prefix="decode")
-        # Database calls block on locks and disks; they must not keep decoders waiting.
-        self.database = ThreadPoolExecutor(4, thread_name_prefix="profiles")
-        # Identification may read many profiles: one at a time, so that a verification never queues behind it.
-        self.comparing = ThreadPoolExecutor(1, thread_name_prefix="identify")
+        self.profile_threads = ProfileThreads(self.profiles.ping)
         self.metrics.ready.set(1)
         self.started = True
 
@@ -166,30 +167,37 @@ class Runtime:
         """Of requests that name no model."""
         return self.models.default
 
-    def close(self, grace_s: float) -> None:
-        """Finish what is queued, then stop every thread. Blocking."""
+    def close(self, grace_s: float) -> bool:
+        """Finish what is queued, then stop every thread; False where one hangs in the database. Blocking."""
         self.metrics.ready.set(0)
         self.batcher.close(grace_s)
         self.decoders.shutdown(cancel_futures=True)
-        self.comparing.shutdown(cancel_futures=True)
-        self.database.shutdown()
+        if not self.profile_threads.close(grace_s):
+            return False
         self.profiles.close()
+        return True
 
     def checks(self) -> dict[str, bool]:
-        """Readiness, check by check. Blocking: it asks the database."""
-        try:
-            self.profiles.ping()
-            store = True
-        except Exception:
-            store = False
-        return {"accepting": not self.draining, "inference": self.batcher.alive, "profiles": store}
+        """What readiness depends on, each by itself."""
+        answers = self.profile_threads.answers
+        return {"accepting": not self.draining, "inference": self.batcher.alive, "profiles": answers}
+
+    def is_ready(self, checks: dict[str, bool]) -> bool:
+        """Whether requests should be sent here."""
+        optional = {"profiles"} if self.settings.ready_without_profiles else set()
+        return all(good for name, good in checks.items() if name not in optional)
+
+    @property
+    def beyond_repair(self) -> bool:
+        """Whether threads hang in calls that never end."""
+        return self.batcher.beyond_repair or self.profile_threads.stuck
 
     async def engine_for(self, reference: str | None, deadline: float, *tasks: Task) -> Engine:
         """The engine a `model` parameter names, loaded if need be, that can do these tasks. Raises ServiceError."""
         engine = self.models.default
         if reference is not None:
             try:
-                async with _until(deadline):
+                async with until(deadline):
                     engine = await self.models.named(reference)
             except TimeoutError as error:
                 if not self.models.loading:
@@ -209,6 +217,7 @@ class Runtime:
             await asyncio.sleep(LAG_EVERY_S)
             self.metrics.loop_lag.observe(max(0.0, time.monotonic() - due))
             self.rosters.expire()
+            self._tell_readiness()
             every_s = self.settings.models_refresh_s
             if every_s and time.monotonic() - refreshed > every_s:
                 refreshed = time.monotonic()
@@ -217,6 +226,19 @@ class Runtime:
                 # A store that cannot be read now must not end this for good.
                 except Exception:
                     log.exception("the model store could not be looked at")
+
+    def _tell_readiness(self) -> None:
+        """To the log, and to whoever scrapes metrics without probing."""
+        checks = self.checks()
+        self.metrics.ready.set(int(self.is_ready(checks)))
+        failed = [name for name, good in checks.items() if not good]
+        if failed == self._failed or self.draining:
+            return
+        self._failed = failed
+        if failed:
+            log.warning("failing checks: %s", ", ".join(failed))
+        else:
+            log.info("all checks are good again")
 
     async def decode(self, engine: Engine, clip: Clip, clock: StageClock, deadline: float) -> audio.Waveform:
         """Decode: what is large or compressed in a worker thread. Raises ServiceError."""
@@ -227,7 +249,7 @@ class Runtime:
             return audio.decode(clip.data, clip.content_type, shortest_s=limits.shortest_s, longest_s=longest_s)
 
         with clock.stage("decode"):
-            waveform = work() if _cheap(clip) else await self._within(self.decoders, work, deadline)
+            waveform = work() if _cheap(clip) else await within(self.decoders, work, deadline)
         self.metrics.audio_seconds.inc(waveform.duration_s)
         return waveform
 
@@ -273,7 +295,7 @@ class Runtime:
     ) -> Outputs | Advanced:
         """Raises ServiceError."""
         try:
-            async with _until(deadline):
+            async with until(deadline):
                 timed = await self.batcher.submit(
                     job,
                     size=size,
@@ -310,11 +332,11 @@ class Runtime:
 
     async def with_profiles(self, work: Callable[[], T], deadline: float) -> T:
         """Run a database call in its own threads. Raises ServiceError."""
-        return await self._within(self.database, work, deadline)
+        return await self.profile_threads.call(work, deadline)
 
     async def comparing_profiles(self, work: Callable[[], T], deadline: float) -> T:
         """Run a database call that reads many profiles, after those before it. Raises ServiceError."""
-        return await self._within(self.comparing, work, deadline)
+        return await self.profile_threads.compare(work, deadline)
 
     def _load(self, bundle: Bundle) -> Engine:
         engine = Engine(bundle, intra_op_threads=self.intra_op_threads, provider=self.settings.provider)
@@ -351,16 +373,6 @@ class Runtime:
     def _unloaded(self, engine: Engine) -> None:
         self.batcher.forget(lambda group: isinstance(group, tuple) and group[0] == engine.bundle.digest)
 
-    async def _within(self, pool: ThreadPoolExecutor, work: Callable[[], T], deadline: float) -> T:
-        if time.monotonic() >= deadline:
-            raise DeadlineExceededError("the deadline passed before the work began")
-        loop = asyncio.get_running_loop()
-        try:
-            async with _until(deadline):
-                return await loop.run_in_executor(pool, work)
-        except TimeoutError as error:
-            raise DeadlineExceededError("the deadline passed") from error
-
 
 async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """The results in order. The first failure is raised and the others are cancelled: nobody would read them."""
@@ -385,8 +397,3 @@ def _run_batch(batch: list[Job | Step]) -> Sequence[Outputs | Advanced]:
 def _cheap(clip: Clip) -> bool:
     """Whether decoding takes less time than handing it to another thread and back."""
     return len(clip.data) <= INLINE_BYTES and audio.is_plain(clip.data, clip.content_type)
-
-
-def _until(deadline: float) -> asyncio.Timeout:
-    """Raises TimeoutError in the block once `deadline`, on time.monotonic, passes."""
-    return asyncio.timeout(deadline - time.monotonic())

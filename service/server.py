@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import resource
 import signal
 import socket
@@ -138,6 +139,11 @@ def run(settings: Settings) -> int:
     runtime.start()
     server = Server(config, settings, runtime)
     server.run(sockets)
+    if not runtime.closed:
+        # Python would wait for that thread.
+        log.error("leaving a thread behind that hangs in the profile database")
+        logging.shutdown()
+        os._exit(0)
     return 0 if server.started else 1
 
 

@@ -37,6 +37,10 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535)
     data_dir: Path = Field(default=Path(".sotto"), description="Holds the SQLite file of the speaker profiles.")
     database_url: str | None = Field(default=None, repr=False, description="SQLAlchemy URL in place of SQLite.")
+    ready_without_profiles: bool = Field(
+        default=False,
+        description="Stay ready while the profile database does not answer: all but the routes of speakers still work.",
+    )
     models_dir: Path = Field(default_factory=builtin_store_path, description="Folder of the model store.")
     model: str = Field(default="sotto-edge", description="Default model: name, name@version or name@alias.")
     load_on_request: bool = Field(default=True, description="Load what `model` names; else only what aliases move to.")

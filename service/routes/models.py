@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from typing import Annotated
 
@@ -11,6 +10,7 @@ from pydantic import ValidationError
 
 from model_store import BundleError, StoreError
 from model_store.reference import ALIAS_PATTERN
+from service.deadlines import within
 from service.engine import tasks_of
 from service.errors import (
     AudioTooLargeError,
@@ -64,14 +64,17 @@ MODEL_EXAMPLE = {
                 }
             }
         },
-        **problems(),
+        **problems(DeadlineExceededError),
     },
 )
 async def list_models(request: Request, caller: Infers) -> Response:  # noqa: ARG001  asks for the scope
     """Every model of the store, with versions and aliases."""
     runtime = runtime_of(request)
-    names = await asyncio.to_thread(runtime.store.names)
-    models = [await asyncio.to_thread(_describe, runtime, name) for name in names]
+
+    def described() -> list[ModelAnswer]:
+        return [_describe(runtime, name) for name in runtime.store.names()]
+
+    models = await within(None, described, deadline_of(request, runtime.settings))
     return answer(ModelsAnswer(default=model_info(runtime.engine), models=models))
 
 
@@ -79,14 +82,21 @@ async def list_models(request: Request, caller: Infers) -> Response:  # noqa: AR
     "/{name}",
     summary="Show a model",
     response_model=ModelAnswer,
-    responses={200: {"content": {"application/json": {"example": MODEL_EXAMPLE}}}, **problems(NotFoundError)},
+    responses={
+        200: {"content": {"application/json": {"example": MODEL_EXAMPLE}}},
+        **problems(NotFoundError, DeadlineExceededError),
+    },
 )
 async def show_model(request: Request, caller: Infers, name: str) -> Response:  # noqa: ARG001  asks for the scope
     """Versions, aliases, digests, what was measured, and what is loaded."""
     runtime = runtime_of(request)
-    if name not in await asyncio.to_thread(runtime.store.names):
-        raise NotFoundError(f"no model {name[:80]!r}")
-    return answer(await asyncio.to_thread(_describe, runtime, name))
+
+    def described() -> ModelAnswer:
+        if name not in runtime.store.names():
+            raise NotFoundError(f"no model {name[:80]!r}")
+        return _describe(runtime, name)
+
+    return answer(await within(None, described, deadline_of(request, runtime.settings)))
 
 
 @router.post(

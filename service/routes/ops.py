@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from fastapi import APIRouter, Request, Response
 from prometheus_client.exposition import choose_encoder
 
@@ -27,7 +25,7 @@ READY_EXAMPLE = {"ready": True, "checks": {"accepting": True, "inference": True,
 )
 async def health(request: Request) -> Response:
     """Answers as long as the event loop turns."""
-    stuck = runtime_of(request).batcher.beyond_repair
+    stuck = runtime_of(request).beyond_repair
     return answer(HealthAnswer(status="stuck" if stuck else "ok"), status=503 if stuck else 200)
 
 
@@ -42,11 +40,10 @@ async def health(request: Request) -> Response:
     },
 )
 async def ready(request: Request) -> Response:
-    """Model loaded, workers alive, profile store reachable, not shutting down."""
+    """Model loaded, workers alive, profile database answering (it is asked every two seconds), not shutting down."""
     runtime = runtime_of(request)
-    checks = await asyncio.to_thread(runtime.checks)
-    good = all(checks.values())
-    runtime.metrics.ready.set(int(good))
+    checks = runtime.checks()
+    good = runtime.is_ready(checks)
     return answer(ReadyAnswer(ready=good, checks=checks), status=200 if good else 503)
 
 

@@ -18,20 +18,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import Select, create_engine, event, func, inspect, select, text, tuple_
-from sqlalchemy.engine import Engine, make_url
+from sqlalchemy import Select, func, inspect, select, text, tuple_
+from sqlalchemy.engine import Connection, Engine, make_url
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from service.errors import StorageUnavailableError
+from service.speakers.connections import Watchdog, open_engine
 from service.speakers.tables import EnrolmentRow, RevisionRow, SpeakerRow
 from service.speakers.turns import TURNS
 
 log = logging.getLogger(__name__)
 
 Array = npt.NDArray[np.float32]
-# For SQLite's lock, which another process may hold.
-BUSY_TIMEOUT_MS = 5_000
 RETRY_AFTER_S = 2.0
 MIGRATIONS = Path(__file__).parent / "migrations"
 MIGRATION_LOCK = 0x50_77_70
@@ -95,10 +94,8 @@ class ProfileStore:
         if self._sqlite and parsed.database not in (None, "", ":memory:"):
             with _translated():
                 Path(str(parsed.database)).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._engine = create_engine(parsed, pool_pre_ping=not self._sqlite)
-        if self._sqlite:
-            event.listen(self._engine, "connect", _configure_sqlite)
-            event.listen(self._engine, "begin", _begin)
+        log.info("opening the profile database at %s", parsed.render_as_string())
+        self._engine, self._watchdog = open_engine(parsed)
         # Same pool. What takes two questions is to see one moment; SQLite's transactions do by themselves.
         self._reader = (
             self._engine if self._sqlite else self._engine.execution_options(isolation_level="REPEATABLE READ")
@@ -108,9 +105,11 @@ class ProfileStore:
         self._log_holds_deleted = False
         self._turn = TURNS[parsed.database] if self._sqlite else nullcontext
         with _translated(), self._turn():
-            _migrate(self._writer)
+            _migrate(self._writer, self._watchdog)
 
     def close(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.close()
         self._engine.dispose()
 
     def ping(self) -> None:
@@ -293,33 +292,18 @@ def _aware(moment: datetime) -> datetime:
     return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
 
 
-def _configure_sqlite(connection: Any, _record: object) -> None:
-    # The driver must not open transactions by itself: `_begin` does.
-    connection.isolation_level = None
-    cursor = connection.cursor()
-    cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
-    cursor.execute("PRAGMA journal_mode=WAL")
-    cursor.execute("PRAGMA synchronous=FULL")
-    cursor.execute("PRAGMA foreign_keys=ON")
-    cursor.execute("PRAGMA secure_delete=ON")
-    cursor.close()
-
-
-def _begin(connection: Any) -> None:
-    # Taking the write lock at once turns two writers into one after the other; taken later, the second
-    # one's upgrade fails without waiting.
-    writes = connection.get_execution_options().get("sotto_writes", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
-
-def _migrate(engine: Engine) -> None:
+def _migrate(engine: Engine, watchdog: Watchdog | None) -> None:
     newest = max(path.stem.partition("_")[0] for path in (MIGRATIONS / "versions").glob("0*.py"))
     with engine.begin() as connection:
+        if _version(connection) == newest:
+            return
+    with nullcontext() if watchdog is None else watchdog.asleep(), engine.begin() as connection:
         if connection.dialect.name == "postgresql":
-            # Replicas that start together take turns.
+            # Tables are changed in the time that it takes. Replicas that start together take turns.
+            connection.execute(text("SET LOCAL statement_timeout = 0"))
+            connection.execute(text("SET LOCAL lock_timeout = 0"))
             connection.execute(text(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})"))
-        stamped = inspect(connection).has_table("alembic_version")
-        found = connection.scalar(text("SELECT version_num FROM alembic_version")) if stamped else None
+        found = _version(connection)
         if found == newest:
             return
         if found is not None and found > newest:
@@ -335,6 +319,14 @@ def _migrate(engine: Engine) -> None:
         config.set_main_option("script_location", str(MIGRATIONS))
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+
+
+def _version(connection: Connection) -> str | None:
+    """Of the tables; None where there are none."""
+    if not inspect(connection).has_table("alembic_version"):
+        return None
+    found: str | None = connection.scalar(text("SELECT version_num FROM alembic_version"))
+    return found
 
 
 @contextmanager

@@ -45,12 +45,19 @@ def postgres() -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.fixture
+def postgres_url(postgres: str) -> str:
+    """Of an empty database."""
+    name = f"test_{uuid4().hex}"
+    with psycopg.connect(postgres.replace("+psycopg", "") + "/postgres", autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    return f"{postgres}/{name}"
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Of an empty database."""
+    """Of an empty database, one of each kind."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/profiles.sqlite3"
-    server, name = request.getfixturevalue("postgres"), f"test_{uuid4().hex}"
-    with psycopg.connect(server.replace("+psycopg", "") + "/postgres", autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
-    return f"{server}/{name}"
+    url: str = request.getfixturevalue("postgres_url")
+    return url

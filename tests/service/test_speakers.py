@@ -13,8 +13,7 @@ import pytest
 
 from model_store import Calibration, SpeakerInfo
 from service.errors import StorageUnavailableError
-from service.speakers import store as store_module
-from service.speakers import turns
+from service.speakers import connections, turns
 from service.speakers.enrolment import Candidate, Refusal, judge
 from service.speakers.scoring import probability, profile_vector, score, scores
 from service.speakers.store import Enrolment, Profile, ProfileStore
@@ -155,7 +154,7 @@ def test_after_deletion_no_byte_of_the_embedding_is_left_on_disk(file_store: Pro
 def test_bytes_that_a_long_reader_kept_on_disk_go_with_the_next_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "BUSY_TIMEOUT_MS", 10)
+    monkeypatch.setattr(connections, "BUSY_TIMEOUT_MS", 10)
     store = ProfileStore(f"sqlite:///{tmp_path}/profiles.sqlite3")
     store.add("t", "secret-speaker", [enrolment(0.123, 0.456, 0.789)])
     backup = sqlite3.connect(tmp_path / "profiles.sqlite3", isolation_level=None)
@@ -185,7 +184,7 @@ def test_writers_of_one_file_wait_in_a_queue_and_not_for_sqlite(
     stores = [ProfileStore(f"sqlite:///{tmp_path}/profiles.sqlite3") for _ in range(2)]
     for opened in stores:
         opened.close()
-    monkeypatch.setattr(store_module, "BUSY_TIMEOUT_MS", 0)
+    monkeypatch.setattr(connections, "BUSY_TIMEOUT_MS", 0)
     failed = list[StorageUnavailableError]()
 
     def add(opened: ProfileStore, name: str) -> None:
