@@ -85,7 +85,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.include_router(router)
     direct = [route for router in routers for route in router.routes]
     app.add_middleware(DirectRoutes, routes=direct, on_error=_on_service_error)
-    app.add_middleware(RequestFrame, metrics=runtime.metrics)
+    app.add_middleware(RequestFrame, metrics=runtime.metrics, uploads=runtime.uploads)
     # Starlette's own answers a WebSocket with an empty 403.
     app.router.default = _no_route
     app.add_exception_handler(ServiceError, _on_error)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -14,8 +16,10 @@ from service.errors import (
     DeadlineExceededError,
     InvalidRequestError,
     MalformedBodyError,
+    OverloadedError,
     UnsupportedMediaTypeError,
 )
+from service.metrics import Metrics
 from service.multipart import audio_parts
 from service.settings import Settings
 from service.timing import StageClock
@@ -23,6 +27,9 @@ from service.timing import StageClock
 TIMEOUT_HEADER = "x-request-timeout-ms"
 # Form fields beside the audio that a client library may add.
 OTHER_PARTS = 8
+RETRY_AFTER_S = 2.0
+# In a request's state: bytes of its body.
+HELD = "held"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,29 +55,55 @@ def time_given_s(asked: str | None, settings: Settings) -> float:
     return min(settings.request_timeout_s, int(asked) / 1000)
 
 
-async def receive_clips(
-    request: Request, settings: Settings, clock: StageClock, deadline: float, *, at_most: int
-) -> list[Clip]:
-    """The clips of a raw or multipart body, `at_most` of them. Raises ServiceError."""
-    content_type = request.headers.get("content-type", "")
-    check_media_type(content_type)
-    encoding = request.headers.get("content-encoding", "identity")
-    if encoding.lower() != "identity":
-        raise UnsupportedMediaTypeError(
-            f"Content-Encoding {encoding[:40]!r} is not accepted; audio is compressed already"
-        )
-    with clock.stage("receive"):
-        body = await read_body(request, settings.max_upload_bytes, deadline)
-    if content_type.partition(";")[0].strip().lower() != "multipart/form-data":
-        return [Clip(body, content_type)]
-    clips = [Clip(data, kind) for data, kind in audio_parts(body, content_type, at_most=at_most + OTHER_PARTS)]
-    if len(clips) > at_most:
-        raise MalformedBodyError(f"{len(clips)} parts named `audio`; this route takes up to {at_most}")
-    return clips
+class Uploads:
+    """Receives the bodies of requests, and counts what all of them together hold in memory: a crowd of large ones is
+    told to come again before it takes more than there is."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self._settings = settings
+        self._held = 0
+        metrics.upload_bytes.set_function(lambda: self._held)
+
+    async def receive(self, request: Request, clock: StageClock, deadline: float, *, at_most: int) -> list[Clip]:
+        """The clips of a raw or multipart body, `at_most` of them. What they take counts until `release`. Raises
+        ServiceError."""
+        content_type = request.headers.get("content-type", "")
+        check_media_type(content_type)
+        encoding = request.headers.get("content-encoding", "identity")
+        if encoding.lower() != "identity":
+            raise UnsupportedMediaTypeError(
+                f"Content-Encoding {encoding[:40]!r} is not accepted; audio is compressed already"
+            )
+
+        def hold(count: int) -> None:
+            self._hold(count, request.scope["state"])
+
+        with clock.stage("receive"):
+            body = await read_body(request, self._settings.max_upload_bytes, deadline, hold)
+        if content_type.partition(";")[0].strip().lower() != "multipart/form-data":
+            return [Clip(body, content_type)]
+        clips = [Clip(data, kind) for data, kind in audio_parts(body, content_type, at_most=at_most + OTHER_PARTS)]
+        if len(clips) > at_most:
+            raise MalformedBodyError(f"{len(clips)} parts named `audio`; this route takes up to {at_most}")
+        return clips
+
+    def release(self, state: dict[str, Any]) -> None:
+        """What the request with this state holds."""
+        self._held -= state.pop(HELD, 0)
+
+    def _hold(self, count: int, state: dict[str, Any]) -> None:
+        """Raises OverloadedError."""
+        if self._held + count > self._settings.uploads_bytes:
+            raise OverloadedError("other uploads fill the memory there is for them", retry_after_s=RETRY_AFTER_S)
+        state[HELD] = state.get(HELD, 0) + count
+        self._held += count
 
 
-async def read_body(request: Request, most: int, deadline: float) -> bytes:
-    """Raises AudioTooLargeError, DeadlineExceededError, MalformedBodyError."""
+async def read_body(
+    request: Request, most: int, deadline: float, hold: Callable[[int], None] = lambda _: None
+) -> bytes:
+    """`hold` is told of bytes before they are kept. Raises AudioTooLargeError, DeadlineExceededError,
+    MalformedBodyError and what `hold` does."""
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > most:
         raise AudioTooLargeError(f"{declared} bytes; allowed are {most}")
@@ -81,6 +114,7 @@ async def read_body(request: Request, most: int, deadline: float) -> bytes:
             async for chunk in request.stream():
                 if len(body) + len(chunk) > most:
                     raise AudioTooLargeError(f"more than {most} bytes")
+                hold(len(chunk))
                 body += chunk
     except TimeoutError as error:
         raise DeadlineExceededError("the body did not arrive before the deadline") from error

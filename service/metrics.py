@@ -47,6 +47,7 @@ class Metrics:
         )
         self.queue_depth = Gauge("sotto_queue_depth", "Clips waiting for a graph call.", registry=registry)
         self.queued_audio = Gauge("sotto_queued_audio_seconds", "Audio waiting for a graph call.", registry=registry)
+        self.upload_bytes = Gauge("sotto_upload_bytes", "Bodies of requests in memory.", registry=registry)
         self.rejects = Counter(
             "sotto_rejects_total", "Requests refused, by error code.", ("reason",), registry=registry
         )

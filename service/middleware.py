@@ -9,6 +9,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import ServiceError, problem_response
+from service.intake import Uploads
 from service.metrics import UNMATCHED, Metrics
 from service.protocol import ABANDONED, REQUEST_ID, own_request_id
 from service.timing import StageClock
@@ -19,9 +20,10 @@ log = logging.getLogger(__name__)
 class RequestFrame:
     """Pure ASGI, so a streamed body is never buffered on its way."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, uploads: Uploads) -> None:
         self._app = app
         self._metrics = metrics
+        self._uploads = uploads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -55,6 +57,7 @@ class RequestFrame:
             error = ServiceError("the service failed on this request; the failure is logged")
             await problem_response(error, scope["path"])(scope, receive, send_framed)
         finally:
+            self._uploads.release(state)
             self._metrics.answered(_route(scope), scope["method"], status, time.perf_counter() - start)
 
 

@@ -29,7 +29,7 @@ from service.errors import (
     InferenceFailedError,
     OverloadedError,
 )
-from service.intake import Clip
+from service.intake import Clip, Uploads
 from service.metrics import Metrics
 from service.models import Models
 from service.probe import choose_threads, standby
@@ -110,6 +110,7 @@ class Runtime:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.metrics = Metrics()
+        self.uploads = Uploads(settings, self.metrics)
         self.authenticator = Authenticator(settings)
         self.store = LocalStore(settings.models_dir)
         self.models = Models(

@@ -55,6 +55,9 @@ class Settings(BaseSettings):
     rate_per_minute: int = Field(default=0, ge=0, description="Requests a minute for each key; 0 is unlimited.")
 
     max_upload_bytes: int = Field(default=16 * 2**20, ge=1024)
+    uploads_bytes: int = Field(
+        default=2**28, ge=1024, description="Bodies of all requests together; past it, 503 to who uploads more."
+    )
     longest_audio_s: float = Field(default=120.0, gt=0, le=600)
     request_timeout_s: float = Field(default=10.0, gt=0, le=120, description="Default and greatest deadline.")
     clips_per_request: int = Field(default=16, ge=1, le=256)
@@ -122,6 +125,15 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"SOTTO_HOST={self.host} can be reached from other machines, and no API key is configured. "
                 "Make a key with `sotto keys new`, put the line it prints into the environment, or listen on 127.0.0.1."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _room_for_one(self) -> Settings:
+        if self.uploads_bytes < self.max_upload_bytes:
+            raise ValueError(
+                f"SOTTO_UPLOADS_BYTES={self.uploads_bytes} is less than one upload may have, "
+                f"SOTTO_MAX_UPLOAD_BYTES={self.max_upload_bytes}"
             )
         return self
 

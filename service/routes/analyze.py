@@ -12,7 +12,7 @@ from service.errors import (
     InvalidRequestError,
     NoSpeechError,
 )
-from service.intake import deadline_of, receive_clips
+from service.intake import deadline_of
 from service.routes.common import (
     CLAIM_ERRORS,
     Infers,
@@ -104,7 +104,7 @@ async def analyze(
     profile = None
     if speaker_id is not None:
         profile = await ready_profile(runtime, engine, caller.tenant, speaker_id, deadline)
-    (clip,) = await receive_clips(request, runtime.settings, clock, deadline, at_most=1)
+    (clip,) = await runtime.uploads.receive(request, clock, deadline, at_most=1)
     waveform = await runtime.decode(engine, clip, clock, deadline)
     quality = measure(waveform)
     if "speaker" in tasks and quality.speech_s == 0:

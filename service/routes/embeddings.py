@@ -16,7 +16,7 @@ from fastapi.responses import StreamingResponse
 
 from service.engine import Outputs, Part
 from service.errors import InvalidSamplesError, NoSpeechError, NotFoundError, TaskUnsupportedError
-from service.intake import Clip, deadline_of, receive_clips
+from service.intake import Clip, deadline_of
 from service.queueing import Priority
 from service.routes.common import (
     AUDIO_ERRORS,
@@ -79,7 +79,7 @@ async def embed(
     runtime, clock = runtime_of(request), clock_of(request)
     deadline = deadline_of(request, runtime.settings)
     engine = await runtime.engine_for(model, deadline, "speaker" if type == "speaker" else "embedding")
-    clips = await receive_clips(request, runtime.settings, clock, deadline, at_most=runtime.settings.clips_per_request)
+    clips = await runtime.uploads.receive(request, clock, deadline, at_most=runtime.settings.clips_per_request)
 
     part: Part = "speaker" if type == "speaker" else "all"
     # Who sends many clips at once waits for them all, so they give way to those who sent one.

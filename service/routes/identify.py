@@ -16,7 +16,7 @@ from service.errors import (
     NotFoundError,
     ProfileIncompleteError,
 )
-from service.intake import deadline_of, receive_clips
+from service.intake import deadline_of
 from service.routes.common import (
     CLAIM_ERRORS,
     SPEAKER_ID,
@@ -88,7 +88,7 @@ async def identify(
     runtime, clock = runtime_of(request), clock_of(request)
     deadline = deadline_of(request, runtime.settings)
     engine = await runtime.engine_for(model, deadline, "speaker")
-    (clip,) = await receive_clips(request, runtime.settings, clock, deadline, at_most=1)
+    (clip,) = await runtime.uploads.receive(request, clock, deadline, at_most=1)
     outputs, quality = await voice_of(runtime, engine, clip, clock, deadline)
     with clock.stage("postprocess"):
         if candidates:

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Query, Request, Response
 from service import keywords as spotting
 from service.engine import Engine, Outputs
 from service.errors import DeadlineExceededError, InvalidSamplesError, ModelUnusableError, NotFoundError
-from service.intake import deadline_of, receive_clips
+from service.intake import deadline_of
 from service.routes.common import (
     AUDIO_ERRORS,
     Infers,
@@ -68,7 +68,7 @@ async def detect(
     deadline = deadline_of(request, runtime.settings)
     engine = await runtime.engine_for(model, deadline)
     allowed = allowed_labels(engine, keywords)
-    (clip,) = await receive_clips(request, runtime.settings, clock, deadline, at_most=1)
+    (clip,) = await runtime.uploads.receive(request, clock, deadline, at_most=1)
     waveform = await runtime.decode(engine, clip, clock, deadline)
     outputs = await runtime.infer(engine, waveform, clock, deadline, "keywords")
     with clock.stage("postprocess"):

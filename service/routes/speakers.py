@@ -19,7 +19,7 @@ from service.errors import (
     ProfileIncompleteError,
     TaskUnsupportedError,
 )
-from service.intake import Clip, deadline_of, receive_clips
+from service.intake import Clip, deadline_of
 from service.routes.common import (
     AUDIO_ERRORS,
     CLAIM_ERRORS,
@@ -98,7 +98,7 @@ async def enrol(request: Request, caller: Enrols, speaker_id: SpeakerId, model: 
     runtime, clock = runtime_of(request), clock_of(request)
     deadline = deadline_of(request, runtime.settings)
     engine = await runtime.engine_for(model, deadline, "speaker")
-    clips = await receive_clips(request, runtime.settings, clock, deadline, at_most=runtime.settings.clips_per_request)
+    clips = await runtime.uploads.receive(request, clock, deadline, at_most=runtime.settings.clips_per_request)
     candidates = await together(
         named(index, len(clips), _candidate(runtime, engine, clip, clock, deadline)) for index, clip in enumerate(clips)
     )
@@ -159,7 +159,7 @@ async def verify(request: Request, caller: Infers, speaker_id: SpeakerId, model:
     deadline = deadline_of(request, runtime.settings)
     engine = await runtime.engine_for(model, deadline, "speaker")
     profile = await ready_profile(runtime, engine, caller.tenant, speaker_id, deadline)
-    (clip,) = await receive_clips(request, runtime.settings, clock, deadline, at_most=1)
+    (clip,) = await runtime.uploads.receive(request, clock, deadline, at_most=1)
     outputs, quality = await voice_of(runtime, engine, clip, clock, deadline)
     with clock.stage("postprocess"):
         claim = decide(runtime, engine, profile, outputs)

@@ -149,6 +149,23 @@ def test_who_never_stops_sending_is_cut_off(tmp_path: Path, started: list[Runnin
     until(lambda: service.get("/v1/models").status_code == 200)
 
 
+def test_uploads_together_take_no_more_memory_than_there_is_for_them(
+    tmp_path: Path, started: list[RunningService]
+) -> None:
+    service = start_service(tmp_path, max_upload_bytes="1000000", uploads_bytes="1000000")
+    started.append(service)
+    small, large = encoded(voice(1.0)), encoded(voice(10.0))
+    with dial(service) as half:
+        half.sendall(HEAD.replace(b"100000", b"1000000") + bytes(900_000))
+        until(lambda: "sotto_upload_bytes 900000.0" in service.get("/metrics").text)
+        assert service.post("/v1/keywords/detect", small).status_code == 200
+        refused = service.post("/v1/keywords/detect", large)
+        assert (refused.status_code, refused.json()["code"]) == (503, "overloaded")
+        assert int(refused.headers["retry-after"]) >= 1
+    until(lambda: service.post("/v1/keywords/detect", large).status_code == 200)
+    assert "sotto_upload_bytes 0.0" in service.get("/metrics").text
+
+
 def test_a_stream_in_a_crowd_is_refused_in_words_on_a_used_connection_too(
     tmp_path: Path, started: list[RunningService]
 ) -> None:
