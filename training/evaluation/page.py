@@ -100,7 +100,8 @@ def write_page(outcome: Outcome, page: Path) -> None:
     lines += [line for one in outcome.shared for line in shared(outcome, one)]
     for name, title, draw in plots:
         file = page.with_name(f"{page.stem}-{name}.png")
-        draw_into(file, partial(_alone, draw))
+        # As high as the list of names beside it.
+        draw_into(file, partial(_alone, draw), size=(7.6, max(4.4, 0.6 + 0.155 * len(outcome.rows))))
         lines += ["", f"## {title}", "", f"![{title}]({file.name})"]
     page.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -320,9 +321,15 @@ def _det(outcome: Outcome) -> Callable[[Any], None]:
 
 def _against(outcome: Outcome, figure: str, label: str) -> Callable[[Any], None]:
     def draw(axes: Any) -> None:
+        from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
         for number, (title, x, y) in enumerate(_points(outcome.rows.values(), figure)):
             axes.scatter([x], [y], s=24, marker=MARKERS[number // COLOURS % len(MARKERS)], label=title)
         axes.set_xscale("log")
+        # Powers of ten are too far apart for what is compared here.
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(label)
         axes.set_ylabel("keyword accuracy, %")
         axes.grid(alpha=0.3)
@@ -348,7 +355,8 @@ def _alike(groups: Sequence[Shared]) -> Callable[[Any], None]:
         axes.set_xticks(range(len(places)), found.rows, fontsize=7)
         axes.set_yticks(range(len(places)), found.rows, fontsize=7)
         for (row, column), value in np.ndenumerate(cosines):
-            axes.text(column, row, f"{value:.3f}", ha="center", va="center", fontsize=7)
+            colour = "white" if row == column else "black"
+            axes.text(column, row, f"{value:.3f}", ha="center", va="center", fontsize=7, color=colour)
 
     return draw
 
