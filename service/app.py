@@ -25,6 +25,7 @@ from service.errors import (
     faults_of,
     problem_response,
 )
+from service.journal import CODE, Journal
 from service.middleware import RequestFrame
 from service.openapi import complete
 from service.protocol import REQUEST_ID, own_request_id
@@ -85,7 +86,8 @@ def create_app(settings: Settings) -> FastAPI:
         app.include_router(router)
     direct = [route for router in routers for route in router.routes]
     app.add_middleware(DirectRoutes, routes=direct, on_error=_on_service_error)
-    app.add_middleware(RequestFrame, metrics=runtime.metrics, uploads=runtime.uploads)
+    journal = Journal(everything=settings.access_log)
+    app.add_middleware(RequestFrame, metrics=runtime.metrics, uploads=runtime.uploads, journal=journal)
     # Starlette's own answers a WebSocket with an empty 403.
     app.router.default = _no_route
     app.add_exception_handler(ServiceError, _on_error)
@@ -108,6 +110,7 @@ async def _on_error(request: HTTPConnection, error: Exception) -> Any:
 
 async def _on_service_error(request: HTTPConnection, error: ServiceError) -> Response:
     runtime_of(request).metrics.rejects.labels(error.code).inc()
+    request.scope.setdefault("state", {})[CODE] = error.code
     return problem_response(error, request.url.path)
 
 

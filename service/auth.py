@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from starlette.requests import HTTPConnection
 
 from service.errors import ForbiddenError, RateLimitedError, UnauthenticatedError
+from service.journal import CALLER
 from service.settings import ApiKey, Scope, Settings, is_loopback
 
 KEY_BYTES = 32
@@ -50,6 +51,7 @@ class Authenticator:
         else:
             _refuse_other_pages(request)
             caller = ANONYMOUS
+        request.scope.setdefault("state", {})[CALLER] = caller.name
         if scope not in caller.scopes:
             raise ForbiddenError(f"key {caller.name!r} lacks the scope {scope!r}")
         if self._rate > 0:

@@ -265,3 +265,8 @@ class DeadlineExceededError(ServiceError):
     """The deadline passed before the answer was ready."""
 
     status, code, title = 504, "deadline_exceeded", "Deadline exceeded"
+
+
+def codes() -> list[str]:
+    """Of every problem that a caller can be told about."""
+    return sorted({ServiceError.code, *(kind.code for kind in ServiceError.__subclasses__())})

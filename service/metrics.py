@@ -7,6 +7,8 @@ from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
+from service.errors import codes
+
 REQUEST_BUCKETS_S = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 STAGE_BUCKETS_S = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0)
 STAGES = ("receive", "decode", "queue", "inference", "postprocess")
@@ -51,6 +53,8 @@ class Metrics:
         self.rejects = Counter(
             "sotto_rejects_total", "Requests refused, by error code.", ("reason",), registry=registry
         )
+        for code in codes():
+            self.rejects.labels(code)
         self.audio_seconds = Counter("sotto_audio_seconds_total", "Audio analysed.", registry=registry)
         self.detections = Counter(
             "sotto_detections_total", "Keyword detections reported.", ("keyword",), registry=registry

@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import ServiceError, problem_response
 from service.intake import Uploads
+from service.journal import Journal
 from service.metrics import UNMATCHED, Metrics
 from service.protocol import ABANDONED, REQUEST_ID, own_request_id
 from service.timing import StageClock
@@ -20,10 +21,11 @@ log = logging.getLogger(__name__)
 class RequestFrame:
     """Pure ASGI, so a streamed body is never buffered on its way."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, uploads: Uploads) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, uploads: Uploads, journal: Journal) -> None:
         self._app = app
         self._metrics = metrics
         self._uploads = uploads
+        self._journal = journal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -58,7 +60,9 @@ class RequestFrame:
             await problem_response(error, scope["path"])(scope, receive, send_framed)
         finally:
             self._uploads.release(state)
-            self._metrics.answered(_route(scope), scope["method"], status, time.perf_counter() - start)
+            route, took_s = _route(scope), time.perf_counter() - start
+            self._metrics.answered(route, scope["method"], status, took_s)
+            self._journal.tell(scope, route, status, took_s, request_id)
 
 
 def _route(scope: Scope) -> str:

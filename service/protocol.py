@@ -308,6 +308,12 @@ class BoundedStream(WebSocketsSansIOProtocol):
             self.handshake_complete = self.close_sent = True
             self.transport.close()
 
+    async def send(self, message: Any) -> None:
+        await super().send(message)
+        if self.initial_response is not None and self.close_sent:
+            # A refusal in words ends the handshake as well; uvicorn would log an error.
+            self.handshake_complete = True
+
     def hears_more(self) -> bool:
         return self.conn.close_rcvd is None and self.handshake_initiated
 

@@ -100,6 +100,9 @@ class Settings(BaseSettings):
     send_timeout_s: float = Field(
         default=30.0, gt=0, description="A client that reads nothing for this long is cut off."
     )
+    access_log: bool = Field(
+        default=False, description="Log every request; else changes, refused callers and failures only."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @model_validator(mode="before")

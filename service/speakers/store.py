@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import builtins
 import logging
+import math
 import sqlite3
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -34,6 +36,8 @@ Array = npt.NDArray[np.float32]
 RETRY_AFTER_S = 2.0
 MIGRATIONS = Path(__file__).parent / "migrations"
 MIGRATION_LOCK = 0x50_77_70
+TELL_EVERY_S = 10.0
+_told: dict[str, float] = {}
 # The same words to SQLite and PostgreSQL.
 NEXT_REVISION = text(
     "INSERT INTO revisions (tenant, revision) VALUES (:tenant, 1) "
@@ -334,6 +338,16 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except (DBAPIError, SQLAlchemyError, OSError) as error:
+        _tell(error)
         raise StorageUnavailableError(
             "the profile database cannot be used right now; nothing was changed", retry_after_s=RETRY_AFTER_S
         ) from error
+
+
+def _tell(error: Exception) -> None:
+    """Now and then: while a database fails, every call of it does."""
+    now = time.monotonic()
+    if now - _told.get("at", -math.inf) > TELL_EVERY_S:
+        _told["at"] = now
+        # Drivers write several lines; the statement, which SQLAlchemy adds, has embeddings in it.
+        log.warning("the profile database failed: %s", " ".join(str(getattr(error, "orig", None) or error).split()))

@@ -7,7 +7,6 @@ waits for it.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,8 +18,6 @@ from service.deadlines import within
 from service.errors import StorageUnavailableError
 
 T = TypeVar("T")
-
-log = logging.getLogger(__name__)
 
 # More than connections would be kept for, and enough to keep a database busy.
 THREADS = 4
@@ -110,8 +107,7 @@ class ProfileThreads:
             try:
                 self._ping()
                 self._good = True
-            except Exception as error:
-                if self._good:
-                    log.warning("the profile database does not answer: %s", error.__cause__ or error)
+            # Whatever it is, nobody should wait for this database; the store has logged it.
+            except Exception:
                 self._good = False
             self._pinged = None
