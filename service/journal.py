@@ -1,6 +1,7 @@
 """What the log tells of requests: who changed what, who was refused, what failed; or all of them, if asked to.
 
-Never audio, keys or their digests. Speakers' ids are in the paths of what changes them, since an audit asks for those.
+Never audio, keys or speakers' ids, which would outlive their deletion: routes are told by their template, and the
+request's id leads to what the caller knows of it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ REFUSED = (401, 403)
 UNTOLD = ("overloaded", "storage_unavailable")
 # Whoever guesses keys must not fill the disk.
 MOST_REFUSED_PER_S = 10
-LONGEST_PATH = 300
 
 
 class Journal:
@@ -45,12 +45,11 @@ class Journal:
         changed = (method, route) in CHANGES
         if not (self._everything or failed or refused or changed):
             return
-        path = scope["path"][:LONGEST_PATH]
         log.log(
             logging.WARNING if failed or refused else logging.INFO,
-            "%s %r %d%s in %.0f ms, key %s, request %s",
+            "%s %s %d%s in %.0f ms, key %s, request %s",
             method,
-            path,
+            route,
             status,
             f" {code}" if code else "",
             took_s * 1000,

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -30,6 +29,7 @@ from service.errors import (
     OverloadedError,
 )
 from service.intake import Clip, Uploads
+from service.live import LiveStreams
 from service.metrics import Metrics
 from service.models import Models
 from service.probe import choose_threads, standby
@@ -123,7 +123,7 @@ class Runtime:
             unloaded=self._unloaded,
         )
         self.intra_op_threads = settings.intra_op_threads or 1
-        self.streams = 0
+        self.streams = LiveStreams(self.metrics.streams)
         self.started = False
         self.closed = True
         self.draining = False
@@ -319,17 +319,6 @@ class Runtime:
         clock.record("queue", timed.queue_s)
         clock.record("inference", timed.call_s)
         return timed.value
-
-    @contextmanager
-    def counting_stream(self) -> Iterator[None]:
-        """Around a stream's life."""
-        self.streams += 1
-        self.metrics.streams.set(self.streams)
-        try:
-            yield
-        finally:
-            self.streams -= 1
-            self.metrics.streams.set(self.streams)
 
     async def with_profiles(self, work: Callable[[], T], deadline: float) -> T:
         """Run a database call in its own threads. Raises ServiceError."""

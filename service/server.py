@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 # Beside connections: the database, the model store, what libraries open.
 OTHER_FILES = 256
 
+# What they heard is computed and told, in far less.
+STREAMS_END_S = 2.0
+
 KEY_HEADER = " -H 'Authorization: Bearer KEY'"
 
 WELCOME = """sotto listens on {url}   (API documentation: {url}/docs, metrics: {url}/metrics)
@@ -94,8 +97,10 @@ class Server(uvicorn.Server):
         self._stopping = asyncio.get_running_loop().create_task(self._stop_later(number))
 
     async def _stop_later(self, number: signal.Signals) -> None:
-        """Load balancers need a moment to see /readyz fail; until then requests are still served."""
+        """Load balancers need a moment to see /readyz fail; until then requests are still served. Streams have no end
+        of their own that could be waited for."""
         await asyncio.sleep(self._settings.shutdown_delay_s)
+        await self._runtime.streams.finish(min(STREAMS_END_S, self._settings.shutdown_grace_s))
         self.handle_exit(number, None)
 
 

@@ -52,7 +52,7 @@ AHEAD_S = 2.0
 FURTHEST_AHEAD_S = 10.0
 # Microphones send 50 messages of 20 ms a second; more than this on average are not read.
 MESSAGES_PER_S = 200
-NORMAL, UNSUPPORTED, POLICY, INTERNAL, TRY_LATER = 1000, 1003, 1008, 1011, 1013
+NORMAL, UNSUPPORTED, POLICY, INTERNAL, RESTART, TRY_LATER = 1000, 1003, 1008, 1011, 1012, 1013
 RETRY_AFTER_S = 5.0
 
 
@@ -68,15 +68,16 @@ async def stream(
     runtime = runtime_of(websocket)
     if runtime.draining:
         raise OverloadedError("the service is shutting down", retry_after_s=RETRY_AFTER_S)
-    if runtime.streams >= runtime.settings.max_streams:
-        raise OverloadedError(f"{runtime.streams} streams are open", retry_after_s=RETRY_AFTER_S)
-    with runtime.counting_stream():
+    if len(runtime.streams) >= runtime.settings.max_streams:
+        raise OverloadedError(f"{len(runtime.streams)} streams are open", retry_after_s=RETRY_AFTER_S)
+    with runtime.streams.counting():
         engine = await runtime.engine_for(model, time.monotonic() + runtime.settings.request_timeout_s)
         one = _Stream(websocket, runtime, engine, rate, allowed_labels(engine, keywords), threshold)
         offered = websocket.scope.get("subprotocols", [])
         await websocket.accept(BEARER_PROTOCOL if BEARER_PROTOCOL in offered else None)
         try:
-            await one.run()
+            with runtime.streams.finishing(one.finish):
+                await one.run()
         except WebSocketDisconnect:
             pass
         except ServiceError as failure:
@@ -116,13 +117,22 @@ class _Stream:
         self._began = time.monotonic()
         # While the next message is waited for.
         self._idle_since: float | None = None
+        self._waiting: asyncio.Timeout | None = None
+        self._finishing = False
+
+    def finish(self) -> None:
+        """Tell what was heard and end, as the service does."""
+        self._finishing = True
+        if self._waiting is not None and self._idle_since is not None:
+            self._waiting.reschedule(asyncio.get_running_loop().time())
 
     async def run(self) -> None:
-        """Until the client ends it. Raises WebSocketDisconnect, ServiceError."""
+        """Until the client ends it, or `finish`. Raises WebSocketDisconnect, ServiceError."""
         idle_s = self._runtime.settings.stream_idle_s
         # One timer for all messages: a timer of its own for each took a twelfth of the event loop's time.
         try:
             async with asyncio.timeout(None) as waiting:
+                self._waiting = waiting
                 watching = asyncio.create_task(self._end_when_idle(waiting, idle_s))
                 try:
                     await self._converse()
@@ -131,7 +141,9 @@ class _Stream:
         except TimeoutError as error:
             if not waiting.expired():
                 raise
-            raise StreamIdleError(f"nothing came for {idle_s:g} s") from error
+            if not self._finishing:
+                raise StreamIdleError(f"nothing came for {idle_s:g} s") from error
+        await self._end()
 
     async def _end_when_idle(self, waiting: asyncio.Timeout, idle_s: float) -> None:
         while True:
@@ -143,7 +155,7 @@ class _Stream:
 
     async def _converse(self) -> None:
         await self._send({"type": "ready", "model": model_info(self._engine).model_dump(), "rate": self._rate_hz})
-        while True:
+        while not self._finishing:
             await self._keep_pace()
             message = await self._receive()
             self._messages += 1
@@ -152,11 +164,13 @@ class _Stream:
             elif message == "ping":
                 await self._send({"type": "pong"})
             else:
-                break
+                return
+
+    async def _end(self) -> None:
         rest = self._resample(np.zeros(0, dtype=np.float32), last=True)
         await self._spot([*self._keywords.push(rest), *self._keywords.flush()])
         await self._send({"type": "end", "duration_s": round(self._samples / self._rate_hz, 3)})
-        await _close(self._websocket, self._runtime, NORMAL)
+        await _close(self._websocket, self._runtime, RESTART if self._finishing else NORMAL)
 
     async def _keep_pace(self) -> None:
         """Not read faster than people speak, so that no stream takes more than its share; and other tasks have their

@@ -16,11 +16,9 @@ from service.journal import CALLER, CODE, MOST_REFUSED_PER_S, Journal
 from tests.conftest import RunningService, encoded, start_service, voice
 from tests.service.threads import until
 
-ENROL = "/v1/speakers/{speaker_id}/enrollments"
 
-
-def asked(method: str, path: str, **state: str) -> dict[str, Any]:
-    return {"method": method, "path": path, "state": state}
+def asked(method: str, **state: str) -> dict[str, Any]:
+    return {"method": method, "state": state}
 
 
 def lines(service: RunningService) -> list[str]:
@@ -49,15 +47,16 @@ def test_who_changed_what_and_who_was_refused_is_in_the_log(tmp_path: Path, star
     until(lambda: len(lines(service)) == 3)
     enrolled, unknown, forbidden = lines(service)
     assert " INFO " in enrolled
-    assert "POST '/v1/speakers/ada/enrollments' 200 in " in enrolled
+    assert "POST /v1/speakers/{speaker_id}/enrollments 200 in " in enrolled
     assert enrolled.endswith("key desk, request try-1")
     assert " WARNING " in unknown
-    assert "POST '/v1/keywords/detect' 401 unauthenticated in " in unknown
+    assert "POST /v1/keywords/detect 401 unauthenticated in " in unknown
     assert "key none, request " in unknown
-    assert "POST '/v1/models/sotto-edge/aliases/production' 403 forbidden in " in forbidden
+    assert "POST /v1/models/{name}/aliases/{alias} 403 forbidden in " in forbidden
     assert "key desk" in forbidden
     log = service.log.read_text()
     assert "secret" not in log
+    assert "ada" not in log
     # uvicorn's, of a WebSocket that was refused in words.
     assert " ERROR " not in log
 
@@ -66,8 +65,8 @@ def test_every_request_where_an_operator_asks_for_them(tmp_path: Path, started: 
     service = start_service(tmp_path, access_log="true")
     started.append(service)
     assert service.post("/v1/keywords/detect", encoded(voice(1.0))).is_success
-    until(lambda: any("POST '/v1/keywords/detect' 200 in " in line for line in lines(service)))
-    assert any("GET '/readyz' 200 in " in line for line in lines(service))
+    until(lambda: any("POST /v1/keywords/detect 200 in " in line for line in lines(service)))
+    assert any("GET /readyz 200 in " in line for line in lines(service))
 
 
 @pytest.mark.parametrize(
@@ -84,7 +83,7 @@ def test_every_request_where_an_operator_asks_for_them(tmp_path: Path, started: 
 def test_failures_are_told_unless_there_are_as_many_as_requests(
     told: pytest.LogCaptureFixture, status: int, code: str, level: int | None
 ) -> None:
-    scope = asked("POST", "/v1/keywords/detect", **{CALLER: "desk", CODE: code})
+    scope = asked("POST", **{CALLER: "desk", CODE: code})
     Journal(everything=False).tell(scope, "/v1/keywords/detect", status, 0.5, "try-2")
     assert [record.levelno for record in told.records] == ([] if level is None else [level])
 
@@ -96,17 +95,9 @@ def test_whoever_guesses_keys_does_not_fill_the_disk(
     monkeypatch.setattr("service.journal.time.monotonic", lambda: now)
     journal = Journal(everything=False)
     for _ in range(MOST_REFUSED_PER_S + 7):
-        journal.tell(asked("GET", "/v1/models"), "/v1/models", 401, 0.001, "x")
+        journal.tell(asked("GET"), "/v1/models", 401, 0.001, "x")
     assert len(told.records) == MOST_REFUSED_PER_S
     now = 101.0
-    journal.tell(asked("GET", "/v1/models"), "/v1/models", 401, 0.001, "x")
+    journal.tell(asked("GET"), "/v1/models", 401, 0.001, "x")
     assert told.records[MOST_REFUSED_PER_S].getMessage() == "7 more requests were refused (401 or 403)"
     assert len(told.records) == MOST_REFUSED_PER_S + 2
-
-
-def test_a_path_cannot_write_lines_of_its_own(told: pytest.LogCaptureFixture) -> None:
-    scope = asked("POST", "/v1/speakers/a\n2026 INFO service.journal forged" + "b" * 1000 + "/enrollments")
-    Journal(everything=False).tell(scope, ENROL, 201, 0.1, "x")
-    (record,) = told.records
-    assert "\n" not in record.getMessage()
-    assert len(record.getMessage()) < 500

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import socket
 import time
 from contextlib import ExitStack
@@ -367,3 +368,21 @@ def test_memory_is_that_of_one_window(info: KeywordInfo) -> None:
     held = sum(len(part) for part in (stream._kept, *stream._waiting._parts))
     assert held <= (info.window_s + Pace().hop_s) * RATE_HZ
     assert len(stream._spotter._told) == 1
+
+
+def test_a_service_that_stops_tells_what_was_said_and_ends_its_streams(
+    tmp_path: Path, started: list[RunningService]
+) -> None:
+    service = start_service(tmp_path)
+    started.append(service)
+    audio = pcm(samples_of("computer.wav"))
+    with connect(url(service)) as talking, connect(url(service)) as silent:
+        talking.send(audio)
+        assert json.loads(talking.recv(timeout=PATIENCE_S))["type"] == "ready"
+        service.process.send_signal(signal.SIGTERM)
+        *events, end = listen(talking)
+        assert [event["keyword"] for event in events] == ["en:computer"]
+        assert end == {"type": "end", "duration_s": pytest.approx(len(audio) / 32_000, abs=0.001)}
+        assert [event["type"] for event in listen(silent)] == ["ready", "end"]
+    assert (talking.close_code, silent.close_code) == (1012, 1012)
+    assert service.process.wait(PATIENCE_S) == 0
