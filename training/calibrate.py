@@ -28,7 +28,7 @@ from training.evaluation.statistics import (
     threshold_for_false_alarms,
 )
 from training.evaluation.tasks import clip_accuracy, plan_trials, run_trials
-from training.export import COHORT, UNFITTED, export, write_draft
+from training.export import COHORT, COHORT_CLIPS, UNFITTED, export, write_draft
 from training.finished import name_of, origin
 from training.manifest import CALIBRATION_FOLD, Clip, Data, Recording
 
@@ -58,24 +58,26 @@ class _SpeakerFit:
     note: str
 
 
-def bundle_of(run: Path, data_root: Path, *, say: Say, fitted: bool = True) -> Bundle:
-    """The draft in `run`/bundle of a finished run; exported and calibrated (`fitted`) where that has not been done.
+def bundle_of(run: Path, data_root: Path, *, say: Say, fitted: bool = True, timed_only: bool = False) -> Bundle:
+    """The draft in `run`/bundle of a finished run; exported and calibrated (`fitted`) where that has not been done. In
+    `run`/timed what is `timed_only`, and compares nobody with its cohort: of a large network that would take an hour.
 
     A run of one task is left uncalibrated: there is nothing to fit the other task's part on. Raises
     TrainingError.
     """
-    draft = run / "bundle"
+    draft = run / ("timed" if timed_only else "bundle")
     if not (draft / MANIFEST).is_file():
         with TemporaryDirectory(dir=run) as work:
             fresh = Path(work) / "bundle"
             say(f"exporting {run}")
-            manifest = export(run, fresh, name=f"sotto-{name_of(run)}", data_root=data_root)
+            name, clips = f"sotto-{name_of(run)}", 1 if timed_only else COHORT_CLIPS
+            manifest = export(run, fresh, name=name, data_root=data_root, cohort_clips=clips)
             if fitted and _can_be_fitted(manifest):
                 calibrate(fresh, data_root=data_root, say=say)
             fresh.replace(draft)
         return open_bundle(draft)
     bundle = open_bundle(draft)
-    # It may have been exported for its timings only.
+    # It may have been exported for a comparison.
     if fitted and _can_be_fitted(bundle.manifest) and _is_unfitted(bundle.manifest):
         calibrate(draft, data_root=data_root, say=say)
         return open_bundle(draft)

@@ -80,8 +80,11 @@ class ServedGraph(nn.Module):
         return tuple(getattr(out, name) for name in self.names)
 
 
-def export(run_folder: Path, out: Path, *, name: str, data_root: Path | None = None) -> Manifest:
-    """Write the draft bundle into `out` and return its manifest. Raises RunError, ExportError."""
+def export(
+    run_folder: Path, out: Path, *, name: str, data_root: Path | None = None, cohort_clips: int = COHORT_CLIPS
+) -> Manifest:
+    """Write the draft bundle into `out` and return its manifest; the cohort has so many clips of each speaker. Raises
+    RunError, ExportError."""
     finished = open_run(run_folder)
     source = origin(finished.lineage.recipe)
     data = source.read(data_root)
@@ -103,7 +106,7 @@ def export(run_folder: Path, out: Path, *, name: str, data_root: Path | None = N
         files[STREAM] = traced_stream(streaming)
         check_stream_equals_clip(StreamingGraph(open_session(files[STREAM], threads=1), stream, hop=FRAME_HOP), session)
     if finished.speaker_dim:
-        cohort = speaker_cohort(session, [clip for clip in trained_on if clip.speaker])
+        cohort = speaker_cohort(session, [clip for clip in trained_on if clip.speaker], cohort_clips)
         files[COHORT] = cohort.astype("<f4").tobytes()
     manifest = _manifest(name, finished, trained_on, files, stream)
     write_draft(out, manifest, files)
@@ -210,14 +213,14 @@ def run_graph(session: Session, clips: list[Array], names: Sequence[str] = tuple
     return dict(zip(names, session.run(list(names), {"waveform": batch, "lengths": lengths}), strict=True))
 
 
-def speaker_cohort(session: Session, clips: list[Clip]) -> Array:
-    """One unit vector for each training speaker: the mean embedding of up to 20 of their clips."""
+def speaker_cohort(session: Session, clips: list[Clip], most: int) -> Array:
+    """One unit vector for each training speaker: the mean embedding of up to `most` of their clips."""
     by_speaker: dict[str, list[Clip]] = {}
     for clip in clips:
         by_speaker.setdefault(clip.speaker, []).append(clip)
     rows = []
     for _, own in sorted(by_speaker.items()):
-        chosen = own[:: max(1, len(own) // COHORT_CLIPS)][:COHORT_CLIPS]
+        chosen = own[:: max(1, len(own) // most)][:most]
         embeddings = [run_graph(session, [decode(clip.path)], (SPEAKER,))[SPEAKER][0] for clip in chosen]
         mean = np.mean(embeddings, axis=0)
         rows.append(mean / np.linalg.norm(mean))

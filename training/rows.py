@@ -234,7 +234,7 @@ class Rows:
             return LocalStore(builtin_store_path()).resolve(row.bundle)
         # A comparison ranks scores, which needs none; calibrating takes longer than training some of its rows.
         fitted = self._setting.budget is None and not row.timed_only
-        return bundle_of(self._run(name), self._root, say=self._setting.say, fitted=fitted)
+        return bundle_of(self._run(name), self._root, say=self._setting.say, fitted=fitted, timed_only=row.timed_only)
 
     def _seconds(self, name: str) -> float:
         """That its making took, of what it begins with too; the teacher's do not count."""
