@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import httpx
+
 from tests.conftest import RunningService
 
 OGG = {"Content-Type": "audio/ogg"}
@@ -31,4 +33,4 @@ def test_a_person_is_known_and_another_is_not(service: RunningService, shared_da
         (event,) = whole["keywords"]["detections"]
         assert (event["keyword"], event["spoken_by_speaker"]) == ("en:open", True)
     finally:
-        assert service.delete("/v1/speakers/sixteen").is_success
+        assert httpx.delete(service.url + "/v1/speakers/sixteen").is_success
