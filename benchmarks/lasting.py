@@ -158,9 +158,8 @@ def soak(setting: Setting) -> list[str]:
     return [
         "## soak",
         "",
-        f"{setting.soak_s / 60:.0f} minutes of clips of 0.5 to 15 s at {rate:.0f}/s, six tenths of what was possible at the start: "
-        f"{early:.0f} MB "
-        f"resident in the first tenth, {late:.0f} MB in the last, {late / early - 1:+.1%} (bar: within 3 %); "
+        f"{setting.soak_s / 60:.0f} minutes of clips of 0.5 to 15 s at {rate:.0f}/s, six tenths of what was possible "
+        f"at the start: {early:.0f} MB resident in the first tenth, {late:.0f} MB in the last, {late / early - 1:+.1%} (bar: within 3 %); "
         f"{found.failures} failures of {sum(found.statuses.values())}.",
         "",
         "![resident memory](memory.png)",
