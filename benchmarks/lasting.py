@@ -159,8 +159,8 @@ def soak(setting: Setting) -> list[str]:
         "## soak",
         "",
         f"{setting.soak_s / 60:.0f} minutes of clips of 0.5 to 15 s at {rate:.0f}/s, six tenths of what was possible "
-        f"at the start: {early:.0f} MB resident in the first tenth, {late:.0f} MB in the last, {late / early - 1:+.1%} (bar: within 3 %); "
-        f"{found.failures} failures of {sum(found.statuses.values())}.",
+        f"at the start: {early:.0f} MB resident in the first tenth, {late:.0f} MB in the last, "
+        f"{late / early - 1:+.1%} (bar: within 3 %); {found.failures} failures of {sum(found.statuses.values())}.",
         "",
         "![resident memory](memory.png)",
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Hashable, Iterable, Sequence
+from collections.abc import Coroutine, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -44,6 +44,7 @@ from service.queueing import (
 )
 from service.settings import Settings, available_cpus
 from service.speakers.roster import Rosters
+from service.speakers.spaces import Spaces
 from service.speakers.store import ProfileStore
 from service.speakers.threads import ProfileThreads
 from service.timing import StageClock
@@ -160,6 +161,7 @@ class Runtime:
         )
         self.decoders = ThreadPoolExecutor(settings.decode_threads or cpus, thread_name_prefix="decode")
         self.profile_threads = ProfileThreads(self.profiles.ping)
+        self.spaces = Spaces(self.profiles)
         self.metrics.ready.set(1)
         self.started = True
 
@@ -208,6 +210,17 @@ class Runtime:
                 ) from error
         engine.require(*tasks)
         return engine
+
+    async def profiles_engine(self, reference: str | None, deadline: float) -> Engine:
+        """The same, of those that are to be held against profiles. Raises ServiceError."""
+        engine = await self.engine_for(reference, deadline, "speaker")
+        await self.own_space(engine, deadline)
+        return engine
+
+    async def own_space(self, engine: Engine, deadline: float) -> None:
+        """That profiles of the engine's space are of its network. Raises ServiceError."""
+        if not self.spaces.knows(engine):
+            await self.profile_threads.call(lambda: self.spaces.require(engine), deadline)
 
     async def watch(self) -> None:
         """Beside the requests, as long as the service runs: the event loop's lag, profiles that nobody compares any
@@ -319,14 +332,6 @@ class Runtime:
         clock.record("queue", timed.queue_s)
         clock.record("inference", timed.call_s)
         return timed.value
-
-    async def with_profiles(self, work: Callable[[], T], deadline: float) -> T:
-        """Run a database call in its own threads. Raises ServiceError."""
-        return await self.profile_threads.call(work, deadline)
-
-    async def comparing_profiles(self, work: Callable[[], T], deadline: float) -> T:
-        """Run a database call that reads many profiles, after those before it. Raises ServiceError."""
-        return await self.profile_threads.compare(work, deadline)
 
     def _load(self, bundle: Bundle) -> Engine:
         engine = Engine(bundle, intra_op_threads=self.intra_op_threads, provider=self.settings.provider)

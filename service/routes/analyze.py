@@ -103,6 +103,7 @@ async def analyze(
         raise InvalidRequestError("speaker_id needs the task `keywords` or `speaker`")
     profile = None
     if speaker_id is not None:
+        await runtime.own_space(engine, deadline)
         profile = await ready_profile(runtime, engine, caller.tenant, speaker_id, deadline)
     (clip,) = await runtime.uploads.receive(request, clock, deadline, at_most=1)
     waveform = await runtime.decode(engine, clip, clock, deadline)

@@ -87,14 +87,14 @@ async def identify(
     """
     runtime, clock = runtime_of(request), clock_of(request)
     deadline = deadline_of(request, runtime.settings)
-    engine = await runtime.engine_for(model, deadline, "speaker")
+    engine = await runtime.profiles_engine(model, deadline)
     (clip,) = await runtime.uploads.receive(request, clock, deadline, at_most=1)
     outputs, quality = await voice_of(runtime, engine, clip, clock, deadline)
     with clock.stage("postprocess"):
         if candidates:
             named = list(dict.fromkeys(candidates))
             work = partial(_named, runtime, engine, caller.tenant, named, outputs)
-            scored = await runtime.comparing_profiles(work, deadline)
+            scored = await runtime.profile_threads.compare(work, deadline)
             found = Found(_best(top_k, scored), len(scored), 0)
         else:
             found = await _best_of_all(runtime, engine, caller.tenant, outputs, top_k, deadline)
@@ -143,7 +143,7 @@ async def _best_of_all(
     step = partial(runtime.rosters.best, tenant, engine, outputs.speaker_embedding, top_k)
     try:
         while True:
-            found = await runtime.comparing_profiles(step, deadline)
+            found = await runtime.profile_threads.compare(step, deadline)
             if found is not None:
                 return found
     except TooManyError:
@@ -162,7 +162,7 @@ async def _best_by_page(
     best: list[Scored] = []
     after, compared, skipped = "", 0, 0
     while True:
-        found, scored = await runtime.comparing_profiles(partial(page, after), deadline)
+        found, scored = await runtime.profile_threads.compare(partial(page, after), deadline)
         best = _best(top_k, [*best, *scored])
         compared += len(scored)
         skipped += len(found) - len(scored)

@@ -97,7 +97,7 @@ async def enrol(request: Request, caller: Enrols, speaker_id: SpeakerId, model: 
     decoded, none is taken."""
     runtime, clock = runtime_of(request), clock_of(request)
     deadline = deadline_of(request, runtime.settings)
-    engine = await runtime.engine_for(model, deadline, "speaker")
+    engine = await runtime.profiles_engine(model, deadline)
     clips = await runtime.uploads.receive(request, clock, deadline, at_most=runtime.settings.clips_per_request)
     candidates = await together(
         named(index, len(clips), _candidate(runtime, engine, clip, clock, deadline)) for index, clip in enumerate(clips)
@@ -126,7 +126,9 @@ async def enrol(request: Request, caller: Enrols, speaker_id: SpeakerId, model: 
             if verdict is None and candidate.embedding is not None
         ]
 
-    profile = await runtime.with_profiles(lambda: runtime.profiles.enrol(caller.tenant, speaker_id, accept), deadline)
+    profile = await runtime.profile_threads.call(
+        lambda: runtime.profiles.enrol(caller.tenant, speaker_id, accept), deadline
+    )
     for clip_report in report:
         runtime.metrics.enrolment_clips.labels(clip_report.reason or "accepted").inc()
     required_s = runtime.settings.enroll_required_speech_s
@@ -157,7 +159,7 @@ async def verify(request: Request, caller: Infers, speaker_id: SpeakerId, model:
     """`score` is a log-likelihood ratio: 0 means as likely the same voice as not, at even priors."""
     runtime, clock = runtime_of(request), clock_of(request)
     deadline = deadline_of(request, runtime.settings)
-    engine = await runtime.engine_for(model, deadline, "speaker")
+    engine = await runtime.profiles_engine(model, deadline)
     profile = await ready_profile(runtime, engine, caller.tenant, speaker_id, deadline)
     (clip,) = await runtime.uploads.receive(request, clock, deadline, at_most=1)
     outputs, quality = await voice_of(runtime, engine, clip, clock, deadline)
@@ -192,7 +194,7 @@ async def list_speakers(
     runtime = runtime_of(request)
     after = "" if cursor is None else _read_cursor(cursor)
     deadline = deadline_of(request, runtime.settings)
-    found = await runtime.with_profiles(
+    found = await runtime.profile_threads.call(
         lambda: runtime.profiles.list(caller.tenant, after=after, limit=limit + 1), deadline
     )
     page = found[:limit]
@@ -236,14 +238,14 @@ async def delete_speaker(request: Request, caller: Enrols, speaker_id: SpeakerId
         runtime.rosters.forget(caller.tenant, speaker_id)
         return found
 
-    if not await runtime.with_profiles(remove, deadline):
+    if not await runtime.profile_threads.call(remove, deadline):
         raise NotFoundError(f"no speaker {speaker_id!r}")
     return Response(status_code=204)
 
 
 async def find_profile(runtime: Runtime, tenant: str, speaker_id: str, deadline: float) -> Profile:
     """Raises NotFoundError."""
-    profile = await runtime.with_profiles(lambda: runtime.profiles.get(tenant, speaker_id), deadline)
+    profile = await runtime.profile_threads.call(lambda: runtime.profiles.get(tenant, speaker_id), deadline)
     if profile is None:
         raise NotFoundError(f"no speaker {speaker_id!r}")
     return profile

@@ -27,7 +27,7 @@ from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from service.errors import StorageUnavailableError
 from service.speakers.connections import Watchdog, open_engine
-from service.speakers.tables import EnrolmentRow, RevisionRow, SpeakerRow
+from service.speakers.tables import EnrolmentRow, RevisionRow, SpaceRow, SpeakerRow
 from service.speakers.turns import TURNS
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,10 @@ _told: dict[str, float] = {}
 NEXT_REVISION = text(
     "INSERT INTO revisions (tenant, revision) VALUES (:tenant, 1) "
     "ON CONFLICT (tenant) DO UPDATE SET revision = revisions.revision + 1 RETURNING revision"
+)
+CLAIM = text(
+    "INSERT INTO spaces (model_name, model_version, mark) VALUES (:name, :version, :mark) "
+    "ON CONFLICT (model_name, model_version) DO NOTHING"
 )
 
 
@@ -189,6 +193,22 @@ class ProfileStore:
         """Of all speakers."""
         with _translated(), Session(self._engine) as session:
             return set(session.scalars(select(SpeakerRow.speaker_id).where(SpeakerRow.tenant == tenant)))
+
+    def claim(self, space: tuple[str, int], mark: Array) -> Array:
+        """The mark of the network that the space belongs to, which is this one where it had none. Marks are [D]."""
+        name, version = space
+        of_space = (SpaceRow.model_name == name, SpaceRow.model_version == version)
+        # Writing takes SQLite's lock, and most find it there.
+        with _translated(), Session(self._engine) as session:
+            found = session.scalar(select(SpaceRow.mark).where(*of_space))
+        if found is None:
+            values = {"name": name, "version": version, "mark": mark.astype("<f4").tobytes()}
+            with _translated(), self._turn(), Session(self._writer) as session:
+                session.execute(CLAIM, values)
+                session.commit()
+                found = session.scalar(select(SpaceRow.mark).where(*of_space))
+        assert found is not None
+        return np.frombuffer(found, dtype="<f4").astype(np.float32)
 
     def revision(self, tenant: str) -> int:
         """Greater after every change of the tenant's speakers, whichever process made it."""

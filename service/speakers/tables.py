@@ -54,3 +54,13 @@ class RevisionRow(Base):
 
     tenant: Mapped[str] = mapped_column(String(64), primary_key=True)
     revision: Mapped[int] = mapped_column(BigInteger)
+
+
+class SpaceRow(Base):
+    """Which network a space's embeddings are of: what it makes of a signal that never changes, as an embedding."""
+
+    __tablename__ = "spaces"
+
+    model_name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    model_version: Mapped[int] = mapped_column(Integer, primary_key=True)
+    mark: Mapped[bytes] = mapped_column(LargeBinary)

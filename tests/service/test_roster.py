@@ -239,6 +239,7 @@ def test_speakers_of_a_database_from_before_revisions_are_there(database_url: st
             "DROP INDEX ix_speakers_tenant_revision",
             "ALTER TABLE speakers DROP COLUMN revision",
             "DROP TABLE revisions",
+            "DROP TABLE spaces",
             "UPDATE alembic_version SET version_num = '0001'",
         ):
             connection.exec_driver_sql(line)

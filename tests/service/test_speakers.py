@@ -250,7 +250,7 @@ def test_the_schema_is_stamped_with_its_revision(file_store: ProfileStore, tmp_p
     with sqlite3.connect(tmp_path / "profiles.sqlite3") as connection:
         (revision,) = connection.execute("SELECT version_num FROM alembic_version").fetchone()
     connection.close()
-    assert revision == "0002"
+    assert revision == "0003"
 
 
 def test_a_database_of_a_newer_version_is_refused_by_name(file_store: ProfileStore, tmp_path: Path) -> None:
