@@ -1,4 +1,4 @@
-"""`sotto serve` and `sotto keys`."""
+"""`sotto serve`, `sotto keys` and `sotto profiles`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from service.settings import ApiKey, Settings
 app = typer.Typer(help="The service.")
 keys = typer.Typer(no_args_is_help=True, help="API keys.")
 app.add_typer(keys, name="keys")
+profiles = typer.Typer(no_args_is_help=True, help="The database of speakers' profiles.")
+app.add_typer(profiles, name="profiles")
 
 
 @app.command()
@@ -37,10 +39,14 @@ def serve() -> None:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
     except ServiceError as error:
-        cause = f" ({str(error.__cause__).splitlines()[0]})" if error.__cause__ else ""
-        typer.echo(f"error: {error}{cause}", err=True)
-        raise typer.Exit(1) from error
+        raise _failed(error) from error
     sys.exit(status)
+
+
+def _failed(error: ServiceError) -> typer.Exit:
+    cause = f" ({str(error.__cause__).splitlines()[0]})" if error.__cause__ else ""
+    typer.echo(f"error: {error}{cause}", err=True)
+    return typer.Exit(1)
 
 
 @keys.command("new")
@@ -62,3 +68,25 @@ def new(
         raise typer.Exit(2) from error
     typer.echo(f"key (give this to the caller, it is not stored): {secret}")
     typer.echo(f"SOTTO_API_KEYS={shlex.quote(json.dumps([entry]))}")
+
+
+@profiles.command("copy")
+def copy(
+    source: Annotated[str, typer.Argument(help="A SQLite file, or a database's URL.")],
+    destination: Annotated[
+        str | None, typer.Argument(help="Likewise, without speakers; default: what the service uses.")
+    ] = None,
+) -> None:
+    """Copy all speakers, as they are at one moment, into a database that has none: a backup, its return, or another
+    kind of database. The service may run meanwhile; what it then changes is not in the copy."""
+    from service.speakers.copying import CopyError, copy_profiles, url_of
+
+    try:
+        to = url_of(Settings().profiles_url if destination is None else destination)
+        count = copy_profiles(url_of(source), to)
+    except CopyError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    except ServiceError as error:
+        raise _failed(error) from error
+    typer.echo(f"speakers copied to {to.render_as_string()}: {count}")

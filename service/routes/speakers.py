@@ -224,7 +224,9 @@ async def show_speaker(request: Request, caller: Infers, speaker_id: SpeakerId) 
     status_code=204,
     response_class=Response,
     responses={
-        204: {"description": "Every stored byte of the speaker is gone."},
+        204: {
+            "description": "The speaker is gone; every byte of it, once a database other than SQLite reuses its pages."
+        },
         **problems(*PROFILE_ERRORS, NotFoundError),
     },
 )

@@ -74,6 +74,7 @@ class Watchdog:
         event.listen(engine, "checkout", self._taken)
         event.listen(engine, "checkin", self._given_back)
         event.listen(engine, "before_cursor_execute", self._asks)
+        event.listen(engine, "after_cursor_execute", self._was_told)
         event.listen(engine, "commit", self._asks)
         threading.Thread(target=self._watch, name="profiles-watchdog", daemon=True).start()
 
@@ -103,10 +104,15 @@ class Watchdog:
             self._dialect.do_ping(connection)
         except Exception as error:
             raise DisconnectionError from error
+        self._given_back(connection, record)
 
     def _given_back(self, _connection: Any, record: Any) -> None:
         with self._lock:
             self._asked.pop(record, None)
+
+    def _was_told(self, connection: Any, *_: Any) -> None:
+        fairy = connection.connection
+        self._given_back(fairy.dbapi_connection, fairy._connection_record)
 
     def _asks(self, connection: Any, *_: Any) -> None:
         fairy = connection.connection

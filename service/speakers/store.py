@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 Array = npt.NDArray[np.float32]
 RETRY_AFTER_S = 2.0
 MIGRATIONS = Path(__file__).parent / "migrations"
+# Version of the tables that this code reads and writes.
+NEWEST = max(path.stem.partition("_")[0] for path in (MIGRATIONS / "versions").glob("0*.py"))
 MIGRATION_LOCK = 0x50_77_70
 TELL_EVERY_S = 10.0
 _told: dict[str, float] = {}
@@ -100,7 +102,7 @@ class ProfileStore:
         parsed = make_url(url)
         self._sqlite = parsed.get_backend_name() == "sqlite"
         if self._sqlite and parsed.database not in (None, "", ":memory:"):
-            with _translated():
+            with translated():
                 Path(str(parsed.database)).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         log.info("opening the profile database at %s", parsed.render_as_string())
         self._engine, self._watchdog = open_engine(parsed)
@@ -112,7 +114,7 @@ class ProfileStore:
         self._writer = self._engine.execution_options(sotto_writes=True)
         self._log_holds_deleted = False
         self._turn = TURNS[parsed.database] if self._sqlite else nullcontext
-        with _translated(), self._turn():
+        with translated(), self._turn():
             _migrate(self._writer, self._watchdog)
 
     def close(self) -> None:
@@ -120,9 +122,16 @@ class ProfileStore:
             self._watchdog.close()
         self._engine.dispose()
 
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """One transaction for what may take long; all others that write wait."""
+        patient = nullcontext() if self._watchdog is None else self._watchdog.asleep()
+        with translated(), self._turn(), patient, self._writer.begin() as connection:
+            yield connection
+
     def ping(self) -> None:
         """Whether the database answers."""
-        with _translated(), self._engine.connect() as connection:
+        with translated(), self._engine.connect() as connection:
             connection.execute(text("SELECT 1"))
 
     def add(self, tenant: str, speaker_id: str, enrolments: Sequence[Enrolment]) -> Profile:
@@ -137,7 +146,7 @@ class ProfileStore:
         """Append the clips that `accept` takes into the profile as it is, while nobody else can change it; durable on
         return. None where there is no profile and none was taken."""
         now = datetime.now(UTC)
-        with _translated(), self._turn(), Session(self._writer) as session:
+        with translated(), self._turn(), Session(self._writer) as session:
             revision = _next_revision(session, tenant)
             row = self._find(session, tenant, speaker_id)
             before = None if row is None else self._profile(session, row)
@@ -173,25 +182,25 @@ class ProfileStore:
 
     def list(self, tenant: str, *, after: str, limit: int) -> list[Profile]:
         """Up to `limit` profiles whose id sorts after `after`."""
-        with _translated(), Session(self._reader) as session:
+        with translated(), Session(self._reader) as session:
             query = select(SpeakerRow.id).where(SpeakerRow.tenant == tenant, SpeakerRow.speaker_id > after)
             return _read(session, query, SpeakerRow.speaker_id, limit)
 
     def named(self, tenant: str, speaker_ids: Sequence[str]) -> builtins.list[Profile]:
         """Those of these speakers that there are, in order of their ids."""
-        with _translated(), Session(self._reader) as session:
+        with translated(), Session(self._reader) as session:
             query = select(SpeakerRow.id).where(SpeakerRow.tenant == tenant, SpeakerRow.speaker_id.in_(speaker_ids))
             return _read(session, query, SpeakerRow.speaker_id)
 
     def count(self, tenant: str) -> int:
         """How many speakers there are."""
-        with _translated(), Session(self._engine) as session:
+        with translated(), Session(self._engine) as session:
             query = select(func.count()).select_from(SpeakerRow).where(SpeakerRow.tenant == tenant)
             return int(session.scalar(query) or 0)
 
     def ids(self, tenant: str) -> set[str]:
         """Of all speakers."""
-        with _translated(), Session(self._engine) as session:
+        with translated(), Session(self._engine) as session:
             return set(session.scalars(select(SpeakerRow.speaker_id).where(SpeakerRow.tenant == tenant)))
 
     def claim(self, space: tuple[str, int], mark: Array) -> Array:
@@ -199,11 +208,11 @@ class ProfileStore:
         name, version = space
         of_space = (SpaceRow.model_name == name, SpaceRow.model_version == version)
         # Writing takes SQLite's lock, and most find it there.
-        with _translated(), Session(self._engine) as session:
+        with translated(), Session(self._engine) as session:
             found = session.scalar(select(SpaceRow.mark).where(*of_space))
         if found is None:
             values = {"name": name, "version": version, "mark": mark.astype("<f4").tobytes()}
-            with _translated(), self._turn(), Session(self._writer) as session:
+            with translated(), self._turn(), Session(self._writer) as session:
                 session.execute(CLAIM, values)
                 session.commit()
                 found = session.scalar(select(SpaceRow.mark).where(*of_space))
@@ -212,7 +221,7 @@ class ProfileStore:
 
     def revision(self, tenant: str) -> int:
         """Greater after every change of the tenant's speakers, whichever process made it."""
-        with _translated(), Session(self._engine) as session:
+        with translated(), Session(self._engine) as session:
             return session.scalar(select(RevisionRow.revision).where(RevisionRow.tenant == tenant)) or 0
 
     def changes(self, tenant: str, *, after: Place, limit: int) -> builtins.list[Change]:
@@ -228,7 +237,7 @@ class ProfileStore:
         entry = (EnrolmentRow.model_name, EnrolmentRow.model_version, EnrolmentRow.speech_s, EnrolmentRow.embedding)
         query = select(chosen, *entry).join(EnrolmentRow, EnrolmentRow.speaker == chosen.c.id)
         found: builtins.list[Change] = []
-        with _translated(), self._engine.connect() as connection:
+        with translated(), self._engine.connect() as connection:
             order = (chosen.c.revision, chosen.c.id, EnrolmentRow.id)
             for revision, row, speaker_id, name, version, speech_s, embedding in connection.execute(
                 query.order_by(*order)
@@ -243,7 +252,7 @@ class ProfileStore:
 
     def delete(self, tenant: str, speaker_id: str) -> bool:
         """Remove every stored byte of the speaker; False where there was none."""
-        with _translated(), self._turn():
+        with translated(), self._turn():
             with Session(self._writer) as session:
                 _next_revision(session, tenant)
                 row = self._find(session, tenant, speaker_id)
@@ -317,9 +326,8 @@ def _aware(moment: datetime) -> datetime:
 
 
 def _migrate(engine: Engine, watchdog: Watchdog | None) -> None:
-    newest = max(path.stem.partition("_")[0] for path in (MIGRATIONS / "versions").glob("0*.py"))
     with engine.begin() as connection:
-        if _version(connection) == newest:
+        if version_of(connection) == NEWEST:
             return
     with nullcontext() if watchdog is None else watchdog.asleep(), engine.begin() as connection:
         if connection.dialect.name == "postgresql":
@@ -327,12 +335,12 @@ def _migrate(engine: Engine, watchdog: Watchdog | None) -> None:
             connection.execute(text("SET LOCAL statement_timeout = 0"))
             connection.execute(text("SET LOCAL lock_timeout = 0"))
             connection.execute(text(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})"))
-        found = _version(connection)
-        if found == newest:
+        found = version_of(connection)
+        if found == NEWEST:
             return
-        if found is not None and found > newest:
+        if found is not None and found > NEWEST:
             raise StorageUnavailableError(
-                f"the profile database is of a newer version ({found}) than this service ({newest})",
+                f"the profile database is of a newer version ({found}) than this service ({NEWEST})",
                 retry_after_s=RETRY_AFTER_S,
             )
         # Here, since most starts find nothing to do and it takes a tenth of all that they import.
@@ -345,7 +353,7 @@ def _migrate(engine: Engine, watchdog: Watchdog | None) -> None:
         command.upgrade(config, "head")
 
 
-def _version(connection: Connection) -> str | None:
+def version_of(connection: Connection) -> str | None:
     """Of the tables; None where there are none."""
     if not inspect(connection).has_table("alembic_version"):
         return None
@@ -354,7 +362,8 @@ def _version(connection: Connection) -> str | None:
 
 
 @contextmanager
-def _translated() -> Iterator[None]:
+def translated() -> Iterator[None]:
+    """Around what talks to a database: raises StorageUnavailableError for whatever goes wrong there."""
     try:
         yield
     except (DBAPIError, SQLAlchemyError, OSError) as error:
