@@ -13,6 +13,7 @@ router = APIRouter(tags=["operations"])
 READY_EXAMPLE = {"ready": True, "checks": {"accepting": True, "inference": True, "profiles": True}}
 
 
+@router.head("/healthz", include_in_schema=False)
 @router.get(
     "/healthz",
     summary="Is the process up?",
@@ -29,6 +30,7 @@ async def health(request: Request) -> Response:
     return answer(HealthAnswer(status="stuck" if stuck else "ok"), status=503 if stuck else 200)
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get(
     "/readyz",
     summary="Should requests be sent here?",

@@ -21,7 +21,7 @@ from tests.conftest import REPOSITORY, RunningService
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
 # Extras that serving has a use for.
-SERVING_EXTRAS = {"postgres", "s3"}
+SERVING_EXTRAS = {"postgres"}
 
 
 @dataclass(frozen=True)

@@ -433,3 +433,10 @@ def test_a_clip_does_not_feel_its_neighbours(service: RunningService) -> None:
         assert words == [found["keyword"] for found in before["keywords"]["detections"]]
         for part in ("speaker", "embedding"):
             np.testing.assert_allclose(body[part]["embedding"], before[part]["embedding"], atol=1e-4)
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz"])
+def test_probes_may_ask_for_the_head_alone(service: RunningService, path: str) -> None:
+    response = httpx.head(service.url + path)
+    assert (response.status_code, response.content) == (200, b"")
+    assert response.headers["content-length"] == service.get(path).headers["content-length"]
