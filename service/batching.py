@@ -204,12 +204,14 @@ class Batcher(Generic[Item, Result]):
     def _admit(self, entry: _Entry[Item, Result], now: float) -> None:
         if self._closing:
             raise ClosedError("the service is shutting down")
-        running_s = sum(sum(other.cost_s for other in worker.batch) for worker in self._workers)
+        # A worker may still hold what it has answered already.
+        running = [other for worker in self._workers for other in worker.batch if not other.done]
+        running_s = sum(other.cost_s for other in running)
         ahead_s = sum(other.cost_s for other in self._waiting if other.turn <= entry.turn)
         wait_s = (running_s + ahead_s) / max(1, len(self._workers))
         if self._waiting and self._waiting_size + entry.size > self._limits.max_waiting:
             raise QueueFullError(f"{len(self._waiting)} clips are waiting", max(wait_s, 1.0))
-        if not self._waiting and not any(worker.batch for worker in self._workers):
+        if not self._waiting and not running:
             return  # Nothing to wait for, and what its call takes is an estimate, which only calls mend.
         # The call that it will share takes as long as a full batch of its like.
         limits = self._limits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
 import pytest
 
@@ -258,6 +259,29 @@ def test_whoever_is_alone_is_run_whatever_was_learnt() -> None:
         with batcher(call, max_batch=8) as (made, _):
             first = await made.submit(1.0, size=0.1, deadline=FAR)
             # By what was learnt it would take 8 times 8 seconds.
+            second = await made.submit(2.0, size=4.0, deadline=time.monotonic() + 1.0)
+            return [first.value, second.value]
+
+    assert asyncio.run(main()) == [1.0, 2.0]
+
+
+def test_what_a_worker_has_answered_counts_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    delays = iter([0.2, 0.0])
+
+    def call(items: list[float]) -> list[float]:
+        time.sleep(next(delays))
+        return items
+
+    async def main() -> list[float]:
+        with batcher(call, max_batch=8) as (made, _):
+            finish = made._finish
+
+            def finish_and_linger(*answer: Any) -> None:
+                finish(*answer)
+                time.sleep(0.2)
+
+            monkeypatch.setattr(made, "_finish", finish_and_linger)
+            first = await made.submit(1.0, size=0.1, deadline=FAR)
             second = await made.submit(2.0, size=4.0, deadline=time.monotonic() + 1.0)
             return [first.value, second.value]
 
