@@ -124,7 +124,7 @@ def test_each_paper_is_held_against_what_it_is_to_be_better_than() -> None:
 @pytest.mark.parametrize("row", ["reference", *ROWS])
 def test_it_ends_in_a_bundle_that_is_served(outcome: Outcome, work: Path, row: str) -> None:
     assert outcome.rows[row].error == ""
-    with served(work / "run" / f"row-{row}" / "run/bundle") as client:
+    with served(work / "run" / f"row-{row}" / "run/timed") as client:
         clip = Upload(encoded(voice(2.0)), "audio/wav")
         assert client.detect(clip)["top"][0]["keyword"] in client.keywords()
         assert np.linalg.norm(client.speaker_embedding(clip)) == pytest.approx(1, abs=1e-4)
