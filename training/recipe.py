@@ -110,10 +110,14 @@ class LossRecipe(_Strict):
 
 
 class HintsRecipe(_Strict):
-    """Google's speech embedding as a teacher of the keyword branch's frames (see `training/hints.py`)."""
+    """A network as a teacher of the keyword branch's frames (see `training/hints.py`)."""
 
-    # The folder with its two graphs (`make teachers`); where it lies does not count.
-    teacher: Path = Path(".teachers/openwakeword/resources/models")
+    # Google's speech embedding, or Whisper's encoder (`training/whisper.py`).
+    network: Literal["speech-embedding", "whisper-base"] = "speech-embedding"
+    # The folder with its files, by default where `make teachers` puts them; where it lies does not count.
+    teacher: Path | None = None
+    # Recordings of other corpora teach without it. By default it hears all.
+    corpora: tuple[str, ...] | None = None
     weight: Positive = 1.0
 
 
@@ -157,8 +161,11 @@ class Recipe(_Strict):
     # The share of those weights in the final ones: between both, new people are often told apart best (WiSE-FT,
     # Wortsman et al. 2022).
     before_share: float = Field(default=0.0, ge=0, lt=1)
-    # What learns, where not all does: of the speaker branch alone, keywords stay bit for bit what came first.
-    only: Literal["speakers"] | None = None
+    # A bundle of the built-in store, NAME@VERSION, whose weights it goes on from (`training/published.py`).
+    begin: str | None = Field(default=None, pattern=REFERENCE)
+    # What learns, where not all does: of the speaker branch alone, keywords stay bit for bit what came first; of
+    # keywords alone, a speaker branch that parts at the features stays what it was.
+    only: Literal["speakers", "keywords"] | None = None
     # For the order of clips and what befalls them; the people set aside are the seed's. Default: the seed.
     draws: int | None = None
     hints: HintsRecipe | None = None
@@ -167,8 +174,8 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _begins_in_one_way(self) -> Recipe:
-        if self.init is not None and self.after is not None:
-            raise ValueError("init and after cannot both be given")
+        if sum(each is not None for each in (self.init, self.after, self.begin)) > 1:
+            raise ValueError("no two of init, after and begin can be given")
         first = self.after
         if first is not None and (first.seed, first.data) != (self.seed, self.data):
             # Another seed or fraction sets other speakers aside: calibration would meet people it was trained on.
@@ -182,10 +189,12 @@ class Recipe(_Strict):
                 )
             if self.before_share:
                 raise ValueError("before_share is a share of what comes first, which has another shape")
-        if first is None and self.before_share:
+        if first is None and self.begin is None and self.before_share:
             raise ValueError("before_share is a share of what comes first, and nothing does")
         if self.voices is not None and not self.shape.tells_speakers:
             raise ValueError("voices teach a speaker branch, and speaker_dim is 0")
+        if self.only == "keywords":
+            self._keywords_alone()
         if self.only == "speakers":
             if first is None or not self.shape.tells_speakers:
                 raise ValueError("only speakers can learn where something comes first that tells them apart (after)")
@@ -194,6 +203,14 @@ class Recipe(_Strict):
             if not self.loss.speaker and self.voices is None:
                 raise ValueError("only speakers learn, and neither loss.speaker nor voices teach them")
         return self
+
+    def _keywords_alone(self) -> None:
+        if self.begin is None or not self.shape.tells_speakers or self.shape.speaker_from != "features":
+            raise ValueError(
+                "only keywords can learn where a bundle has a speaker branch (begin) that parts at the features"
+            )
+        if self.voices is not None:
+            raise ValueError("voices teach speakers, and only keywords learn")
 
     @property
     def draws_seed(self) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import pickle
 import platform
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,11 +22,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 from training.audio_cache import SAMPLE_RATE_HZ, AudioCache
 from training.batches import NO_SPEAKER, Batch, BatchSource, batches
+from training.beginning import begin_with, begin_with_bundle, check_same_people, meet
 from training.beside import check_beside
 from training.checkpoint import restore, save, update_average
 from training.errors import RunError, TeacherError
 from training.files import write_json
-from training.hints import HintCache, HintHead, SpeechEmbedding
+from training.hints import HintCache, HintHead, open_hint_teacher
 from training.manifest import CALIBRATION_FOLD, Clip, Data, digest_data, labels_of, read_data
 from training.monitor import watch
 from training.objectives.soft_targets import SoftTargets, soft_loss, teaching_bundle
@@ -35,7 +35,7 @@ from training.objectives.speaker import AamSoftmax
 from training.objectives.spotting import clip_loss, event_log_odds, frame_loss
 from training.precision import processor_has_bf16
 from training.progress import training_progress
-from training.recipe import Recipe, VoicesRecipe
+from training.recipe import HintsRecipe, Recipe, VoicesRecipe
 from training.revision import git_revision
 from training.rooms import with_rooms
 from training.spectral import SpectralAugment
@@ -45,6 +45,8 @@ from training.voices import VoiceHead, Voices, speaking_bundle
 
 FRAME_HOP_S = FRAME_HOP / SAMPLE_RATE_HZ
 MONITOR_EVERY_CHECKPOINTS = 2
+# From which the norms of a bundle that a run begins with learn what they meet.
+MEETING_BATCHES = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +64,15 @@ class Prepared:
 class TrainingHeads(nn.Module):
     """What learns beside the student and is left behind: speakers' centres, predictions of teachers' vectors."""
 
-    def __init__(self, recipe: Recipe, speakers: int, voices: Voices | None) -> None:
+    def __init__(self, recipe: Recipe, speakers: int, voices: Voices | None, hints: HintCache | None = None) -> None:
         super().__init__()
         shape = recipe.shape
         self.angular = (
-            AamSoftmax(shape.speaker_dim, speakers, recipe.loss.speaker_scale) if shape.tells_speakers else None
+            AamSoftmax(shape.speaker_dim, speakers, recipe.loss.speaker_scale)
+            if shape.tells_speakers and recipe.only != "keywords"
+            else None
         )
-        self.hint = HintHead(recipe.shape.task_width) if recipe.hints is not None else None
+        self.hint = HintHead(recipe.shape.task_width, hints.width) if hints is not None else None
         self.voice = VoiceHead(shape.speaker_dim, voices.widths) if voices is not None else None
 
 
@@ -101,8 +105,7 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int |
     clips = [clip.path for clip in prepared.training]
     hints = voices = None
     if recipe.hints is not None:
-        teacher = SpeechEmbedding(recipe.hints.teacher, threads=torch.get_num_threads())
-        hints = HintCache.build(cache_folder, teacher, clips, prepared.cache)
+        hints = _hints(recipe.hints, prepared, cache_folder)
     if recipe.voices is not None:
         voices = _voices(recipe, recipe.voices, clips, prepared.cache, cache_folder)
     source = BatchSource(
@@ -125,9 +128,14 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int |
     student = Edge(1 + len(prepared.labels), recipe.shape)
     if recipe.init is not None:
         begin_with(student, recipe.init)
+    begun: dict[str, torch.Tensor] = {}
+    if recipe.begin is not None:
+        begin_with_bundle(student, teaching_bundle(recipe.begin), prepared.labels)
+        meet(student, (source[step] for step in range(MEETING_BATCHES)), speakers=recipe.only != "keywords")
+        begun = {name: value.clone() for name, value in student.state_dict().items()}
     # Channels last is what the CPU's bfloat16 kernels want; it changes speed, not results' meaning.
     student = student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
-    heads = TrainingHeads(recipe, max(1, source.speaker_classes), voices)
+    heads = TrainingHeads(recipe, max(1, source.speaker_classes), voices, hints)
     if recipe.after is not None:
         go_on_from(folder / "before", student, heads)
     optimizer = _optimizer(recipe, [student, heads])
@@ -158,11 +166,18 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int |
     writer.close()
     if last == recipe.schedule.steps:
         if recipe.before_share:
-            before = load_student(folder / "before")[0].state_dict()
+            before = begun or load_student(folder / "before")[0].state_dict()
             average = mixed(average, before, recipe.before_share)
         torch.save(average, folder / "student.partial")
         (folder / "student.partial").replace(folder / "student.pt")
     return folder
+
+
+def _hints(wanted: HintsRecipe, prepared: Prepared, folder: Path) -> HintCache:
+    """What the teacher says about the clips that it is to hear. Raises TeacherError."""
+    teacher = open_hint_teacher(wanted.network, wanted.teacher, threads=torch.get_num_threads())
+    heard = [clip.path for clip in prepared.training if wanted.corpora is None or clip.corpus in wanted.corpora]
+    return HintCache.build(folder, teacher, heard, prepared.cache)
 
 
 def _voices(recipe: Recipe, wanted: VoicesRecipe, clips: list[Path], audio: AudioCache, folder: Path) -> Voices:
@@ -177,30 +192,15 @@ def _voices(recipe: Recipe, wanted: VoicesRecipe, clips: list[Path], audio: Audi
 def check_teachers(recipe: Recipe) -> None:
     """An hour of the stages before is not to pass before a teacher is missed. Raises TeacherError."""
     if recipe.hints is not None:
-        SpeechEmbedding(recipe.hints.teacher)
+        open_hint_teacher(recipe.hints.network, recipe.hints.teacher)
     if recipe.voices is not None:
         check_beside(recipe.voices.python, TeacherError)
         if recipe.voices.bundle is not None:
             speaking_bundle(recipe.voices.bundle)
     if recipe.soft_targets is not None:
         teaching_bundle(recipe.soft_targets.bundle)
-
-
-def begin_with(student: Edge, weights: Path) -> None:
-    """Take over a distilled student's weights, all but the keyword head, whose classes are its own. Raises RunError."""
-    try:
-        given = torch.load(weights, weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise RunError(f"{weights} does not load: {error}") from error
-    own = student.state_dict()
-    wanted = {name for name in own if not name.startswith("keyword_head.")}
-    unlike = sorted(name for name in wanted if name not in given or given[name].shape != own[name].shape)
-    if unlike:
-        raise RunError(
-            f"{weights} holds a student of another shape ({unlike[0]}, {len(unlike)} in all); "
-            "give both recipes the same shape"
-        )
-    student.load_state_dict({name: given[name] for name in wanted}, strict=False)
+    if recipe.begin is not None:
+        check_same_people(recipe, teaching_bundle(recipe.begin))
 
 
 def go_on_from(before: Path, student: Edge, heads: TrainingHeads) -> None:
@@ -263,15 +263,19 @@ def _step(
     student.train()
     if recipe.only == "speakers":
         student.hold_keywords()
+    elif recipe.only == "keywords":
+        student.hold_speakers()
     weights = recipe.loss
     spectral = SpectralAugment(recipe.spectral, len(batch.lengths), torch.default_generator)
     with torch.autocast("cpu", torch.bfloat16, enabled=_in_bf16(recipe)):
         shared = weights.shared_gradient if step >= weights.shared_gradient_from_step else 1.0
-        out = student(batch.waveform, batch.lengths, spectral, shared_gradient=shared)
+        out = student(
+            batch.waveform, batch.lengths, spectral, shared_gradient=shared, speakers=recipe.only != "keywords"
+        )
     known = (batch.speaker != NO_SPEAKER) & ~spectral.warped
     total = out.speaker_embedding.sum() * 0.0
     terms = {}
-    if recipe.only is None:
+    if recipe.only != "speakers":
         terms["clip"] = clip_loss(out.keyword_logits, out.mask, batch.keyword, batch.possible, weights.label_smoothing)
         terms["frame"] = frame_loss(
             out.keyword_logits, out.mask, batch.keyword, batch.word_s, batch.possible, FRAME_HOP_S
@@ -355,6 +359,7 @@ def _write_run_file(recipe: Recipe, folder: Path, prepared: Prepared, source: Ba
         "computed_in": "bfloat16" if _in_bf16(recipe) else "float32",
         "labels": prepared.labels,
         "init": hashlib.sha256(recipe.init.read_bytes()).hexdigest() if recipe.init else None,
+        "begin": teaching_bundle(recipe.begin).digest if recipe.begin else None,
         "before": hashlib.sha256((folder / "before/student.pt").read_bytes()).hexdigest() if recipe.after else None,
         "soft_targets": teaching_bundle(recipe.soft_targets.bundle).digest if recipe.soft_targets else None,
         "voices": teaching_bundle(recipe.voices.bundle).digest if recipe.voices and recipe.voices.bundle else None,

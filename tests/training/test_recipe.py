@@ -222,6 +222,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "edge-ahead": Recipe,
     "edge-nearer": Recipe,
     "edge-apart": Recipe,
+    "edge-whisper": Recipe,
     "micro": Recipe,
     "teacher": PretrainRecipe,
     "teacher-base": PretrainRecipe,

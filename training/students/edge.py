@@ -32,6 +32,8 @@ FRAME_HOP = HOP * FRAME_STRIDE
 
 Parting = Literal["shared", "early", "features"]
 PARTINGS: tuple[Parting, ...] = get_args(Parting)  # from late to early
+# Of `Edge`, where it parts at the features.
+SPEAKER_PARTS = ("speaker_stem", "speaker_early", "to_speaker", "speaker", "pool", "speaker_head")
 FeatureChange = Callable[[Tensor], Tensor]
 
 
@@ -213,6 +215,13 @@ class Edge(nn.Module):
         for part in (*held, self.to_keyword, self.keyword, self.keyword_head):
             part.eval().requires_grad_(False)
 
+    def hold_speakers(self) -> None:
+        """Take the speaker branch out of training, statistics of its norms included. Only one that parts at the
+        features then stays what it is."""
+        for name, part in self.named_children():
+            if name in SPEAKER_PARTS:
+                part.eval().requires_grad_(False)
+
     def forward(
         self,
         waveform: Tensor,
@@ -220,11 +229,13 @@ class Edge(nn.Module):
         augment: FeatureChange | None = None,
         *,
         shared_gradient: float = 1.0,
+        speakers: bool = True,
     ) -> EdgeOutputs:
         """Waveform [B, N] in [-1, 1], lengths [B] in samples; what lies past a length is ignored.
 
         `augment` is training's change of the log-mel features [B, mels, frames]. `shared_gradient` is how
         much of the speaker branch's gradient reaches the layers that it shares; values are the same for any.
+        Without `speakers` the outputs are those of a student that has no such branch, which is not computed.
         """
         samples = torch.arange(waveform.shape[1], device=waveform.device)
         heard = (samples[None, :] < lengths[:, None]).to(waveform.dtype)
@@ -250,7 +261,7 @@ class Edge(nn.Module):
         for block in self.keyword:
             spoken = block(spoken, mask)
         logits = self.keyword_head(self.dropout(spoken))[:, :, 0].transpose(1, 2)
-        if self.shape.tells_speakers:
+        if self.shape.tells_speakers and speakers:
             if self.shape.speaker_from == "features":
                 own = self.speaker_stem(features, early_mask)
                 for block in self.speaker_early:
