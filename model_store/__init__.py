@@ -12,6 +12,7 @@ from model_store.manifest import (
     Lineage,
     Manifest,
     Metric,
+    OperatingPoint,
     SpeakerInfo,
     StreamInfo,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "Metric",
     "ModelNotFoundError",
     "ModelReference",
+    "OperatingPoint",
     "SpeakerInfo",
     "StoreError",
     "StreamInfo",

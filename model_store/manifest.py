@@ -111,6 +111,13 @@ class Calibration(_Strict):
     fitted_on: str
 
 
+class OperatingPoint(_Strict):
+    """A stricter decision: from `threshold` on, one claim of a stranger in 1 / `false_accept_rate` is accepted."""
+
+    false_accept_rate: Finite = Field(gt=0, lt=1)
+    threshold: Finite
+
+
 class SpeakerInfo(_Strict):
     """How two speaker embeddings become a score and a decision."""
 
@@ -118,6 +125,8 @@ class SpeakerInfo(_Strict):
     calibration: Calibration
     # Log-likelihood ratio from which a claim is accepted.
     threshold: Finite
+    # Where false accepts cost more; fitted where the calibration was.
+    operating_points: tuple[OperatingPoint, ...] = ()
     cohort_file: FileName | None = None
     cohort_top: int = Field(default=100, gt=1)
     # The version whose embeddings these are, where only arithmetic or layout differ: they share profiles. None: itself.

@@ -15,7 +15,7 @@ from model_store.inference import Provider, Session, computes_in_eight_bits, ope
 from model_store.streaming import Chunk, StreamingGraph
 from model_store.verify import read_cohort
 from service.audio import SAMPLE_RATE_HZ, Waveform
-from service.errors import TaskUnsupportedError
+from service.errors import InvalidRequestError, TaskUnsupportedError
 from service.keywords import thresholds_of
 
 Array = npt.NDArray[np.float32]
@@ -120,6 +120,19 @@ class Engine:
         self.require("speaker")
         assert self.manifest.speaker is not None
         return self.manifest.speaker
+
+    def accepts_from(self, false_accept_rate: float | None) -> float:
+        """The log-likelihood ratio from which a claim is accepted. Raises TaskUnsupportedError, and InvalidRequestError
+        where the model has no operating point for that rate."""
+        if false_accept_rate is None:
+            return self.speaker.threshold
+        points = {point.false_accept_rate: point.threshold for point in self.speaker.operating_points}
+        if false_accept_rate not in points:
+            own = ", ".join(f"{rate:g}" for rate in sorted(points, reverse=True)) or "none"
+            raise InvalidRequestError(
+                f"no threshold is known for false_accept_rate={false_accept_rate:g}; known are {own}"
+            )
+        return points[false_accept_rate]
 
     @property
     def space(self) -> tuple[str, int]:

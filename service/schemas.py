@@ -196,6 +196,13 @@ class AnalyzeAnswer(_Answer):
     embedding: AnalyzedEmbedding | None = None
 
 
+class OperatingPointEntry(_Answer):
+    """The threshold of verify and identify where `false_accept_rate` is asked for."""
+
+    false_accept_rate: float
+    threshold: float
+
+
 class ModelVersion(_Answer):
     """One published version."""
 
@@ -208,6 +215,7 @@ class ModelVersion(_Answer):
     keywords: int
     tasks: list[Literal["keywords", "speaker", "embedding"]]
     speaker_space: str | None = Field(description="Versions in which this is the same share speakers' profiles.")
+    operating_points: list[OperatingPointEntry]
     metrics: list[dict[str, Any]]
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import numpy.typing as npt
 
-from model_store import Bundle, Calibration, Keyword, Manifest, SpeakerInfo
+from model_store import Bundle, Calibration, Keyword, Manifest, OperatingPoint, SpeakerInfo
 from model_store.store import MANIFEST, open_bundle
 from training.errors import TrainingError
 from training.evaluation.client import ServiceClient, served
@@ -43,6 +44,8 @@ BUDGET_PER_HOUR = 1.0
 # bound a threshold would be fitted to a handful of accidents.
 LOWEST_THRESHOLD, HIGHEST_THRESHOLD = 0.5, 0.9
 CANDIDATE_THRESHOLD = 0.1
+# For which thresholds stricter than even odds are kept.
+FALSE_ACCEPT_RATES = (0.01, 0.001)
 
 TASKS = ("keywords", "speakers")
 
@@ -56,6 +59,7 @@ class _SpeakerFit:
     with_cohort: bool
     cost: float
     note: str
+    operating_points: tuple[OperatingPoint, ...]
 
 
 def bundle_of(run: Path, data_root: Path, *, say: Say, fitted: bool = True, timed_only: bool = False) -> Bundle:
@@ -138,6 +142,7 @@ def _fitted_speaker(
             "calibration": Calibration(scale=fit.scale, offset=fit.offset, fitted_on=f"{fitted_on}: {fit.note}"),
             "cohort_file": info.cohort_file if fit.with_cohort else None,
             "cohort_top": cohort_top,
+            "operating_points": fit.operating_points,
         }
     )
 
@@ -148,7 +153,9 @@ def _uncalibrated(manifest: Manifest) -> Manifest:
         return manifest
     cohort = COHORT if COHORT in manifest.files else None
     raw = Calibration(scale=1.0, offset=0.0, fitted_on=UNFITTED)
-    speaker = manifest.speaker.model_copy(update={"calibration": raw, "cohort_file": cohort, "threshold": 0.0})
+    speaker = manifest.speaker.model_copy(
+        update={"calibration": raw, "cohort_file": cohort, "threshold": 0.0, "operating_points": ()}
+    )
     return manifest.model_copy(update={"speaker": speaker})
 
 
@@ -225,10 +232,25 @@ def _fit_speakers(client: ServiceClient, fold: list[Clip], say: Say) -> _Speaker
         note = f"{kind}, {len(targets)} target and {len(impostors)} impostor trials, EER {eer:.4f}, Cllr {cost:.4f}"
         say(note)
         if scale > 0:
-            fits.append(_SpeakerFit(scale, offset, with_cohort, cost, note))
+            strict = _operating_points(scale * impostors + offset)
+            fits.append(_SpeakerFit(scale, offset, with_cohort, cost, note, strict))
     if not fits:
         raise TrainingError("impostors score higher than the speakers themselves: this network tells nobody apart")
     return min(fits, key=lambda fit: fit.cost)
+
+
+def _operating_points(impostors: npt.NDArray[np.float64]) -> tuple[OperatingPoint, ...]:
+    """Of impostors' log-likelihood ratios, the thresholds that so small shares of them reach; none where there are too
+    few for one false accept to be expected."""
+    return tuple(
+        # Up to the next thousandth, so that rounding lets nobody in.
+        OperatingPoint(
+            false_accept_rate=rate,
+            threshold=math.ceil(threshold_for_false_alarms(impostors, int(rate * len(impostors))) * 1000) / 1000,
+        )
+        for rate in FALSE_ACCEPT_RATES
+        if rate * len(impostors) >= 1
+    )
 
 
 def _with_window(manifest: Manifest, window_s: float) -> Manifest:

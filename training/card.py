@@ -16,6 +16,7 @@ from model_store.store import open_bundle
 from training.evaluation.report import Report
 from training.export import write_draft
 from training.finished import origin
+from training.hints import NETWORKS
 from training.manifest import Clip, Data
 
 CARD = "MODEL_CARD.md"
@@ -85,8 +86,10 @@ def rebuild(name: str, recipe: dict[str, Any], graph: GraphInfo) -> list[str]:
     stages = [recipe]
     while before := stages[-1].get("after"):
         stages.append(before)
-    needed = (("teachers", "hints"), ("peers", "voices"))
-    teachers = [target for target, part in needed if any(stage.get(part) for stage in stages)]
+    # Those that are bundles are in the repository.
+    hints = any(stage["hints"].get("network") in (None, *NETWORKS) for stage in stages if stage.get("hints"))
+    needed = {"teachers": hints, "peers": any(stage.get("voices") for stage in stages)}
+    teachers = [target for target, wanted in needed.items() if wanted]
     rounded = [f".venv-dev/bin/sotto compact runs/{own}/bundle"] if graph.weights == "int8" else []
     if graph.arithmetic == "int8":
         rounded = [f".venv-dev/bin/sotto quantise runs/{own}/bundle"]

@@ -1,9 +1,10 @@
 """Hints (Romero et al. 2015): a frozen network's vectors, which the student's frames learn to predict.
 
-The network is Whisper's encoder (`training/whisper.py`) or Google's speech embedding (Lin et al. 2020, "Training
-keyword spotters with limited and synthesized speech data"): 96 numbers for each 775 ms of speech, trained to tell 5,000
-keywords apart on 200 million clips; its weights (Apache-2.0) come with the package openwakeword 0.5.1. It hears every
-recording once, as it was recorded, and is never part of a bundle; students hear the corrupted recording.
+The network is Whisper's encoder (`training/whisper.py`), a bundle that was published before, or Google's speech
+embedding (Lin et al. 2020, "Training keyword spotters with limited and synthesized speech data"): 96 numbers for each
+775 ms of speech, trained to tell 5,000 keywords apart on 200 million clips; its weights (Apache-2.0) come with the
+package openwakeword 0.5.1. It hears every recording once, as it was recorded, and is never part of a bundle; students
+hear the corrupted recording.
 """
 
 from __future__ import annotations
@@ -12,19 +13,22 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from model_store.graph import part_of
+from model_store.inference import open_session
 from training.audio_cache import AudioCache, Waveform
 from training.errors import TeacherError
 from training.files import cache_key
+from training.objectives.soft_targets import teaching_bundle
 from training.whisper import WhisperEncoder
 
-Network = Literal["speech-embedding", "whisper-base"]
+NETWORKS = ("speech-embedding", "whisper-base")
 
 WIDTH = 96
 MELS = 32
@@ -36,7 +40,7 @@ STRIDE = STRIDE_FRAMES * MEL_HOP
 MARGIN = WINDOW_FRAMES * MEL_HOP // 2
 GRAPHS = ("melspectrogram.onnx", "embedding_model.onnx")
 # Where `make teachers` puts their files.
-FOLDERS: dict[Network, Path] = {
+FOLDERS = {
     "speech-embedding": Path(".teachers/openwakeword/resources/models"),
     "whisper-base": Path(".teachers"),
 }
@@ -52,8 +56,11 @@ class HintTeacher(Protocol):
     def __call__(self, waveform: Waveform) -> npt.NDArray[np.float32]: ...
 
 
-def open_hint_teacher(network: Network, folder: Path | None, *, threads: int = 1) -> HintTeacher:
-    """Raises TeacherError where the folder does not hold it."""
+def open_hint_teacher(network: str, folder: Path | None, *, threads: int = 1) -> HintTeacher:
+    """One of NETWORKS, whose files are in `folder`, or a bundle of the built-in store, NAME@VERSION. Raises
+    TeacherError where it is not there."""
+    if network not in NETWORKS:
+        return BundleFrames(network, threads=threads)
     folder = folder or FOLDERS[network]
     return WhisperEncoder(folder) if network == "whisper-base" else SpeechEmbedding(folder, threads=threads)
 
@@ -105,6 +112,25 @@ class SpeechEmbedding:
     @staticmethod
     def _run(session: Any, value: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         found: npt.NDArray[np.float32] = session.run(None, {session.get_inputs()[0].name: value})[0]
+        return found
+
+
+class BundleFrames:
+    """The frames of a bundle's last keyword block. Raises TeacherError where the built-in store has no such bundle."""
+
+    def __init__(self, reference: str, *, threads: int = 1) -> None:
+        bundle = teaching_bundle(reference)
+        manifest = bundle.manifest
+        self.digest = bundle.digest
+        # Those of the speaker branch come after them.
+        self.width = manifest.embedding.dim // (1 if manifest.speaker is None else 2)
+        self.stride = round(manifest.embedding.frame_hop_s * manifest.audio.sample_rate_hz)
+        self._session = open_session(part_of(bundle.read(manifest.graph.file), ["frames"]), threads=threads)
+
+    def __call__(self, waveform: Waveform) -> npt.NDArray[np.float32]:
+        """[N] -> [ceil(N / stride), width]; vector k is centred on sample k * stride."""
+        given: dict[str, npt.NDArray[Any]] = {"waveform": waveform[None], "lengths": np.array([len(waveform)])}
+        found: npt.NDArray[np.float32] = self._session.run(["frames"], given)[0][0, :, : self.width]
         return found
 
 

@@ -112,8 +112,8 @@ class LossRecipe(_Strict):
 class HintsRecipe(_Strict):
     """A network as a teacher of the keyword branch's frames (see `training/hints.py`)."""
 
-    # Google's speech embedding, or Whisper's encoder (`training/whisper.py`).
-    network: Literal["speech-embedding", "whisper-base"] = "speech-embedding"
+    # Google's speech embedding, Whisper's encoder (`training/whisper.py`), or a bundle of the built-in store.
+    network: str = Field(default="speech-embedding", pattern=rf"^(speech-embedding|whisper-base|{REFERENCE[1:-1]})$")
     # The folder with its files, by default where `make teachers` puts them; where it lies does not count.
     teacher: Path | None = None
     # Recordings of other corpora teach without it. By default it hears all.

@@ -15,6 +15,7 @@ from service.errors import (
 from service.intake import deadline_of
 from service.routes.common import (
     CLAIM_ERRORS,
+    FalseAcceptRateParameter,
     Infers,
     ModelParameter,
     audio_body,
@@ -89,6 +90,7 @@ async def analyze(
     keywords: KeywordsParameter = [],  # noqa: B006  FastAPI copies defaults
     threshold: ThresholdParameter = None,
     top_k: TopParameter = 5,
+    false_accept_rate: FalseAcceptRateParameter = None,
     model: ModelParameter = None,
 ) -> Response:
     """Each part as its own route would answer; with `speaker_id`, each detection says who spoke it."""
@@ -97,12 +99,15 @@ async def analyze(
     engine = await runtime.engine_for(model, deadline, *tasks)
     if speaker_id is not None:
         engine.require("speaker")
+    elif false_accept_rate is not None:
+        raise InvalidRequestError("false_accept_rate is about a claim: it needs speaker_id")
     tasks = tasks or list(tasks_of(engine.manifest))
     allowed = allowed_labels(engine, keywords)
     if speaker_id is not None and not {"keywords", "speaker"} & set(tasks):
         raise InvalidRequestError("speaker_id needs the task `keywords` or `speaker`")
-    profile = None
+    profile, threshold_of_claim = None, 0.0
     if speaker_id is not None:
+        threshold_of_claim = engine.accepts_from(false_accept_rate)
         await runtime.own_space(engine, deadline)
         profile = await ready_profile(runtime, engine, caller.tenant, speaker_id, deadline)
     (clip,) = await runtime.uploads.receive(request, clock, deadline, at_most=1)
@@ -119,14 +124,16 @@ async def analyze(
             for detection in detections:
                 runtime.metrics.detections.labels(detection.keyword).inc()
         if profile is not None:
-            detections = await _with_speaker(runtime, engine, profile, waveform, detections, clock, deadline)
+            detections = await _with_speaker(
+                runtime, engine, profile, threshold_of_claim, waveform, detections, clock, deadline
+            )
         parts["keywords"] = KeywordsPart(detections=detections, top=top)
     if "speaker" in tasks:
         parts["speaker"] = AnalyzedSpeaker(
             embedding=outputs.speaker_embedding.tolist(),
             speech_s=round(quality.speech_s, 3),
             snr_db=round(quality.snr_db, 1),
-            verification=None if profile is None else decide(runtime, engine, profile, outputs),
+            verification=None if profile is None else decide(runtime, engine, profile, outputs, threshold_of_claim),
         )
     if "embedding" in tasks:
         parts["embedding"] = AnalyzedEmbedding(dim=engine.manifest.embedding.dim, embedding=outputs.embedding.tolist())
@@ -143,6 +150,7 @@ async def _with_speaker(
     runtime: Runtime,
     engine: Engine,
     profile: Profile,
+    threshold: float,
     waveform: Waveform,
     detections: list[DetectionInfo],
     clock: StageClock,
@@ -155,7 +163,7 @@ async def _with_speaker(
         stretch = _around(waveform, detection.start_s, detection.end_s)
         outputs = await runtime.infer(engine, stretch, clock, deadline, "speaker")
         claimed = score_against(engine, profile, outputs)
-        own = claimed.llr >= engine.speaker.threshold
+        own = claimed.llr >= threshold
         marked.append(detection.model_copy(update={"spoken_by_speaker": own}))
     return marked
 

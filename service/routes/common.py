@@ -151,6 +151,15 @@ Administers = Annotated[Caller, Depends(may_administer)]
 ModelParameter = Annotated[
     str | None, Query(max_length=100, description="`name`, `name@version` or `name@alias`; default: the service's.")
 ]
+FalseAcceptRateParameter = Annotated[
+    float | None,
+    Query(
+        gt=0,
+        lt=1,
+        description="Accept no more than this share of strangers' claims, 0.01 or 0.001: one of the model's "
+        "`operating_points`. Default: what is likelier the same voice than not.",
+    ),
+]
 SPEAKER_ID = r"^[A-Za-z0-9][A-Za-z0-9._@:+-]{0,127}$"
 SpeakerId = Annotated[str, Path(pattern=SPEAKER_ID, description="Chosen by you; no personal data needed.")]
 

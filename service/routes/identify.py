@@ -20,6 +20,7 @@ from service.intake import deadline_of
 from service.routes.common import (
     CLAIM_ERRORS,
     SPEAKER_ID,
+    FalseAcceptRateParameter,
     Infers,
     ModelParameter,
     answer,
@@ -77,6 +78,7 @@ async def identify(
         ),
     ],
     top_k: Annotated[int, Query(ge=1, le=MOST_NAMED, description="How many of the best to return.")] = 5,
+    false_accept_rate: FalseAcceptRateParameter = None,
     model: ModelParameter = None,
 ) -> Response:
     """Scores are those of verify. The more candidates, the likelier a stranger's best one reaches the threshold.
@@ -88,6 +90,7 @@ async def identify(
     runtime, clock = runtime_of(request), clock_of(request)
     deadline = deadline_of(request, runtime.settings)
     engine = await runtime.profiles_engine(model, deadline)
+    threshold = engine.accepts_from(false_accept_rate)
     (clip,) = await runtime.uploads.receive(request, clock, deadline, at_most=1)
     outputs, quality = await voice_of(runtime, engine, clip, clock, deadline)
     with clock.stage("postprocess"):
@@ -98,7 +101,6 @@ async def identify(
             found = Found(_best(top_k, scored), len(scored), 0)
         else:
             found = await _best_of_all(runtime, engine, caller.tenant, outputs, top_k, deadline)
-    threshold = engine.speaker.threshold
     best = found.best
     identified = best[0][0] if best and best[0][1].llr >= threshold else None
     runtime.metrics.identifications.labels("unknown" if identified is None else "identified").inc()

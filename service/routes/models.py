@@ -24,7 +24,7 @@ from service.errors import (
 from service.intake import deadline_of, read_body
 from service.routes.common import Administers, Infers, answer, model_info, problems, runtime_of
 from service.runtime import Runtime
-from service.schemas import AliasAnswer, AliasMove, ModelAnswer, ModelsAnswer, ModelVersion
+from service.schemas import AliasAnswer, AliasMove, ModelAnswer, ModelsAnswer, ModelVersion, OperatingPointEntry
 
 log = logging.getLogger(__name__)
 router = APIRouter(prefix="/v1/models", tags=["models"])
@@ -46,6 +46,7 @@ MODEL_EXAMPLE = {
             "keywords": 112,
             "tasks": ["keywords", "speaker", "embedding"],
             "speaker_space": "sotto-edge@1",
+            "operating_points": [{"false_accept_rate": 0.01, "threshold": 2.3}],
             "metrics": [],
         }
     ],
@@ -167,6 +168,12 @@ def _describe(runtime: Runtime, name: str) -> ModelAnswer:
                 keywords=len(manifest.keywords.labels),
                 tasks=list(tasks_of(manifest)),
                 speaker_space=None if manifest.speaker is None else manifest.speaker_space,
+                operating_points=[]
+                if manifest.speaker is None
+                else [
+                    OperatingPointEntry.model_validate(point.model_dump())
+                    for point in manifest.speaker.operating_points
+                ],
                 metrics=[metric.model_dump() for metric in manifest.metrics],
             )
         )

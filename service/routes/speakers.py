@@ -25,6 +25,7 @@ from service.routes.common import (
     CLAIM_ERRORS,
     PROFILE_ERRORS,
     Enrols,
+    FalseAcceptRateParameter,
     Infers,
     ModelParameter,
     SpeakerId,
@@ -155,16 +156,23 @@ async def enrol(request: Request, caller: Enrols, speaker_id: SpeakerId, model: 
     },
     openapi_extra=audio_body(several=False),
 )
-async def verify(request: Request, caller: Infers, speaker_id: SpeakerId, model: ModelParameter = None) -> Response:
+async def verify(
+    request: Request,
+    caller: Infers,
+    speaker_id: SpeakerId,
+    false_accept_rate: FalseAcceptRateParameter = None,
+    model: ModelParameter = None,
+) -> Response:
     """`score` is a log-likelihood ratio: 0 means as likely the same voice as not, at even priors."""
     runtime, clock = runtime_of(request), clock_of(request)
     deadline = deadline_of(request, runtime.settings)
     engine = await runtime.profiles_engine(model, deadline)
+    threshold = engine.accepts_from(false_accept_rate)
     profile = await ready_profile(runtime, engine, caller.tenant, speaker_id, deadline)
     (clip,) = await runtime.uploads.receive(request, clock, deadline, at_most=1)
     outputs, quality = await voice_of(runtime, engine, clip, clock, deadline)
     with clock.stage("postprocess"):
-        claim = decide(runtime, engine, profile, outputs)
+        claim = decide(runtime, engine, profile, outputs, threshold)
     return answer(
         VerifyAnswer(
             **claim.model_dump(),
@@ -270,10 +278,9 @@ def check_ready(runtime: Runtime, engine: Engine, profile: Profile) -> None:
         )
 
 
-def decide(runtime: Runtime, engine: Engine, profile: Profile, outputs: Outputs) -> Claim:
+def decide(runtime: Runtime, engine: Engine, profile: Profile, outputs: Outputs, threshold: float) -> Claim:
     """Whether the clip's voice is the profile's, counted in the metrics."""
     claimed = score_against(engine, profile, outputs)
-    threshold = engine.speaker.threshold
     accepted = claimed.llr >= threshold
     runtime.metrics.verifications.labels("accepted" if accepted else "rejected").inc()
     return Claim(

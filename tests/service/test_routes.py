@@ -191,6 +191,36 @@ def test_verification_tells_a_voice_from_another(service: RunningService, ada: s
     assert same["score"] > other["score"]
 
 
+def test_whoever_fears_strangers_more_asks_for_a_rate_of_false_accepts(
+    service: RunningService, manifest: Manifest, ada: str
+) -> None:
+    assert manifest.speaker is not None
+    points = {point.false_accept_rate: point.threshold for point in manifest.speaker.operating_points}
+    listed = answer(service.get("/v1/models/sotto-edge"))["versions"]
+    own = next(one for one in listed if one["version"] == manifest.version)
+    assert {point["false_accept_rate"]: point["threshold"] for point in own["operating_points"]} == points
+    # The rarer, the stricter.
+    assert 0 < points[0.01] < points[0.001]
+    clip = encoded(voice(3, seed=5, **ADA))
+    for path, claim in (
+        (f"/v1/speakers/{ada}/verify", lambda body: (body["threshold"], body["accepted"], body["score"])),
+        (IDENTIFY, lambda body: (body["threshold"], body["identified"] == ada, body["candidates"][0]["score"])),
+        (
+            f"{ANALYZE}?speaker_id={ada}",
+            lambda body: tuple(body["speaker"]["verification"][name] for name in ("threshold", "accepted", "score")),
+        ),
+    ):
+        at = "&" if "?" in path else "?"
+        for rate, wanted in points.items():
+            threshold, accepted, score = claim(answer(service.post(f"{path}{at}false_accept_rate={rate}", clip)))
+            assert (threshold, accepted) == (wanted, score >= wanted)
+        for nonsense, status in (("0.02", 400), ("0", 400), ("1", 400), ("often", 400)):
+            refused = service.post(f"{path}{at}false_accept_rate={nonsense}", clip)
+            assert (refused.status_code, refused.json()["code"]) == (status, "invalid_request")
+    unclaimed = service.post(f"{ANALYZE}?false_accept_rate=0.01", clip)
+    assert "needs speaker_id" in unclaimed.json()["detail"]
+
+
 def test_a_profile_with_too_little_speech_verifies_no_one(service: RunningService, speakers: str) -> None:
     answer(service.post(f"/v1/speakers/{speakers}dan/enrollments", encoded(voice(1, **ADA))))
     response = service.post(f"/v1/speakers/{speakers}dan/verify", encoded(voice(2, **ADA)))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from model_store import Manifest
@@ -159,3 +160,17 @@ def test_cheaper_of_both_scores_is_kept(tmp_path: Path) -> None:
     # The cohort-normalised score says nothing, the cosine all.
     client.score = lambda speaker_id, key: (float(int(key[2:]) % 2), 0.9 if speaker_id.endswith(key[0]) else 0.1)
     assert not calibrate_module._fit_speakers(client, clips, lambda _: None).with_cohort
+
+
+def test_a_stricter_threshold_lets_in_no_more_strangers_than_it_says() -> None:
+    impostors = np.linspace(-10.0, 10.0, 1999)
+    points = calibrate_module._operating_points(impostors)
+    assert [point.false_accept_rate for point in points] == [0.01, 0.001]
+    for point in points:
+        accepted = (impostors >= point.threshold).sum()
+        # Not one more would be within the share.
+        assert accepted == int(point.false_accept_rate * len(impostors))
+    # Of so few nothing can be said for one in a thousand, or in a hundred.
+    few = calibrate_module._operating_points(impostors[:150])
+    assert [point.false_accept_rate for point in few] == [0.01]
+    assert calibrate_module._operating_points(impostors[:50]) == ()

@@ -19,7 +19,7 @@ from training.audio_cache import AudioCache
 from training.augment import AugmentRecipe, change_speed
 from training.batches import BatchSource, SamplingRecipe
 from training.errors import TeacherError
-from training.hints import STRIDE, WIDTH, HintCache, HintHead, SpeechEmbedding
+from training.hints import STRIDE, WIDTH, HintCache, HintHead, SpeechEmbedding, open_hint_teacher
 from training.manifest import labels_of, read_data
 from training.recipe import Recipe
 from training.run import load_student
@@ -255,6 +255,37 @@ def test_the_voice_loss_is_one_minus_the_cosine_of_those_that_are_known() -> Non
     assert head.loss(embedding, voice, everybody).item() == pytest.approx(1.0)
     assert head.loss(embedding, voice, torch.tensor([True, False, True])).item() == pytest.approx(0.0, abs=1e-5)
     assert head.loss(embedding, voice, torch.tensor([False, False, True])).item() == 0.0
+
+
+def test_a_bundle_s_frames_are_hints(reference: str, made_run: TinyRun, made_data: Path, tmp_path: Path) -> None:
+    path = next(clip.path for clip in read_data(made_data).split("train") if clip.keyword)
+    audio = AudioCache.build(tmp_path, [path])
+    teacher = open_hint_teacher(reference, None)
+    student, _ = load_student(made_run.folder)
+    assert (teacher.width, teacher.stride) == (made_run.recipe.shape.task_width, 800)
+    waveform = torch.from_numpy(audio.read(path))[None]
+    with torch.no_grad():
+        frames = student(waveform, torch.tensor([waveform.shape[1]])).frames[0, :, : teacher.width]
+    torch.testing.assert_close(torch.from_numpy(teacher(audio.read(path))), frames, rtol=0, atol=1e-4)
+    # Frames of a student at the same times are those of its teacher.
+    cache = HintCache.build(tmp_path, teacher, [path], audio)
+    hint, known = cache.at(path, np.arange(3) * 800.0)
+    assert known.all()
+    frames = (frames - frames.mean(dim=0)) / frames.std(dim=0, correction=0).clamp(min=1e-6)
+    moving = frames.std(dim=0) > 0.1
+    torch.testing.assert_close(torch.from_numpy(hint)[:, moving], frames[:3, moving], rtol=0, atol=1e-2)
+    with pytest.raises(TeacherError, match="tiny@9"):
+        open_hint_teacher("tiny@9", None)
+
+
+def test_recordings_of_other_corpora_teach_without_hints(made_data: Path) -> None:
+    clips = [clip for clip in read_data(made_data).split("train") if clip.keyword]
+    heard, unheard = clips[0].path, clips[-1].path
+    cache = HintCache(np.ones((21, 4), dtype=np.float16), {str(heard): (0, 21, 16_000)}, 800)
+    assert cache.at(heard, np.array([0.0, 800.0]))[1].all()
+    vectors, known = cache.at(unheard, np.array([0.0, 800.0]))
+    assert vectors.shape == (2, 4)
+    assert not known.any()
 
 
 def test_the_hint_loss_looks_at_known_frames_only() -> None:

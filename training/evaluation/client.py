@@ -63,9 +63,12 @@ class ServiceClient:
 
     def tells_speakers(self) -> bool:
         """Whether the model that answers by default knows people by their voices."""
-        default = self.model()
-        versions = self._json(self._http.get(f"/v1/models/{default['name']}"))["versions"]
-        return any("speaker" in one["tasks"] for one in versions if one["version"] == default["version"])
+        return "speaker" in self._version().get("tasks", ())
+
+    def operating_points(self) -> dict[float, float]:
+        """Of the model that answers by default: false-accept rates and the thresholds that are to keep to them."""
+        points = self._version().get("operating_points", ())
+        return {point["false_accept_rate"]: point["threshold"] for point in points}
 
     def keywords(self) -> list[str]:
         """All labels."""
@@ -109,6 +112,11 @@ class ServiceClient:
         """Apply `work` to all items, a few at a time, results in order."""
         with ThreadPoolExecutor(CONCURRENCY) as pool:
             return list(pool.map(work, items))
+
+    def _version(self) -> dict[str, Any]:
+        default = self.model()
+        versions: list[dict[str, Any]] = self._json(self._http.get(f"/v1/models/{default['name']}"))["versions"]
+        return next((one for one in versions if one["version"] == default["version"]), {})
 
     def _post(self, path: str, upload: Upload, query: dict[str, Any]) -> httpx.Response:
         for attempt in range(RETRIES):

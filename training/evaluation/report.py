@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from training.errors import MeasurementError
 from training.evaluation.client import ServiceClient
 from training.evaluation.cost import latencies_ms, multiply_accumulates
 from training.evaluation.peers import pocketsphinx_found, resemblyzer_scores
-from training.evaluation.statistics import Rate, det_points, equal_error_rate, minimum_dcf
+from training.evaluation.statistics import Rate, det_points, equal_error_rate, minimum_dcf, rate_of
 from training.evaluation.tasks import (
     COMMAND_CORPORA,
     ENROL_CLIPS,
@@ -32,9 +32,10 @@ from training.evaluation.tasks import (
 from training.evaluation.wake import WakeMisses, listen, wake_audio, wake_misses
 from training.manifest import TRIALS, Clip, Data, read_trials
 
-# Not among the defaults: `keywords`, which is `asc` and `commands` together, for tables with one column;
-# `trials`, unless the data has a list of them.
+# Not among the defaults: `keywords`, which is `asc` and `commands` together, for tables with one column; `base`, which
+# takes minutes and no recordings; `trials`, unless the data has a list of them.
 ROWS = ("asc", "commands", "wake", "spot", "sv", "cost")
+OTHER_ROWS = ("keywords", "base", "trials")
 WAKE_SNR_DB = 10.0
 WAKE_ALARMS_PER_HOUR = 1.0
 
@@ -126,8 +127,10 @@ def evaluate(
             _listed(report, client, data)
         elif row == "cost":
             report.figures += _cost(bundle)
+        elif row == "base":
+            report.figures += _base(bundle)
         else:
-            raise MeasurementError(f"no row {row!r}; there are {', '.join((*ROWS, 'keywords', 'trials'))}")
+            raise MeasurementError(f"no row {row!r}; there are {', '.join((*ROWS, *OTHER_ROWS))}")
     return report
 
 
@@ -196,6 +199,7 @@ def _speakers(report: Report, client: ServiceClient, data: Data, peers_python: P
         run_trials(client, plan)
     own = verification(plans, [plan.llr for plan in plans])
     figures = _verification("sv", plans, own, calibrated=True)
+    figures += _strict(plans, client.operating_points())
     plain = verification(plans, [plan.cosine for plan in plans])
     figures += _verification("sv, cosine", plans, plain, calibrated=False)[:1]
     report.det |= {"sv": own.det, "sv, cosine": plain.det}
@@ -240,6 +244,18 @@ def _verification(name: str, plans: Sequence[Trials], found: Verification, *, ca
     return figures
 
 
+def _strict(plans: Sequence[Trials], operating_points: Mapping[float, float]) -> list[Figure]:
+    """How often strangers are accepted, and people refused, where `false_accept_rate` is asked for."""
+    parts = [plan.split(plan.llr) for plan in plans]
+    targets, impostors = (np.concatenate(each) for each in zip(*parts, strict=True))
+    figures = []
+    for rate, threshold in sorted(operating_points.items(), reverse=True):
+        where = f"where {rate * 100:g} % are asked for"
+        figures.append(_share(f"sv false accepts {where}", rate_of(list(impostors >= threshold))))
+        figures.append(_share(f"sv false rejects {where}", rate_of(list(targets < threshold))))
+    return figures
+
+
 def _cost(bundle: Bundle | None) -> list[Figure]:
     if bundle is None:
         raise MeasurementError("cost needs the bundle itself: give it beside --url, or leave the row out")
@@ -251,6 +267,24 @@ def _cost(bundle: Bundle | None) -> list[Figure]:
         Figure("multiply-accumulates", multiply_accumulates(graph) / 1e6, "M", "for one second of audio"),
         Figure("parameters", bundle.manifest.graph.parameters / 1e6, "M", "no training-only heads are in the graph"),
         Figure("graph file", bundle.manifest.files[bundle.manifest.graph.file].size / 1e6, "MB"),
+    ]
+
+
+def _base(bundle: Bundle | None) -> list[Figure]:
+    if bundle is None:
+        raise MeasurementError("base needs the bundle itself: give it beside --url, or leave the row out")
+    # Imports transformers.
+    from training.evaluation.beside_base import beside_base
+
+    found = beside_base(bundle)
+    sizes = f"{found.own_bytes / 1e6:.2f} of {found.base_bytes / 1e6:.0f} MB, {found.parameters / 1e6:.1f} M parameters"
+    times = (
+        f"{found.own.one_thread:.2f} of {found.base.one_thread:.0f} ms on one thread, "
+        f"{found.own.all_threads:.2f} of {found.base.all_threads:.0f} ms on {found.own.threads}"
+    )
+    return [
+        Figure("smaller than HuBERT Base with the same heads", found.smaller * 100, "%", sizes),
+        Figure("faster than HuBERT Base with the same heads", found.faster * 100, "%", times),
     ]
 
 
