@@ -13,6 +13,7 @@ from fastapi import Depends, FastAPI, Request, Response, WebSocket
 from fastapi.exceptions import RequestValidationError, WebSocketRequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import HTTPConnection
 from starlette.types import Receive, Scope, Send
 
@@ -25,11 +26,12 @@ from service.errors import (
     faults_of,
     problem_response,
 )
+from service.intake import TIMEOUT_HEADER
 from service.journal import CODE, Journal
 from service.middleware import RequestFrame
 from service.openapi import complete
 from service.protocol import REQUEST_ID, own_request_id
-from service.routes import analyze, embeddings, identify, keywords, models, ops, speakers, stream
+from service.routes import analyze, console, embeddings, identify, keywords, models, ops, speakers, stream
 from service.routes.common import refuse_unknown_query, runtime_of
 from service.routes.direct import DirectRoutes
 from service.runtime import Runtime
@@ -49,6 +51,8 @@ class _Application(FastAPI):
         return self.openapi_schema
 
 
+# How long a browser need not ask again whether a page may use the service; more is more than browsers grant.
+CORS_MAX_AGE_S = 7200
 # The server has drained all requests by then; only a stuck call can make this wait.
 CLOSE_S = 2.0
 
@@ -81,13 +85,23 @@ def create_app(settings: Settings) -> FastAPI:
         dependencies=[Depends(refuse_unknown_query)],
     )
     app.state.runtime = runtime
-    routers = [module.router for module in (keywords, stream, identify, speakers, embeddings, analyze, models, ops)]
+    modules = (keywords, stream, identify, speakers, embeddings, analyze, models, ops, console)
+    routers = [module.router for module in modules]
     for router in routers:
         app.include_router(router)
     direct = [route for router in routers for route in router.routes]
     app.add_middleware(DirectRoutes, routes=direct, on_error=_on_service_error)
     journal = Journal(everything=settings.access_log)
     app.add_middleware(RequestFrame, metrics=runtime.metrics, uploads=runtime.uploads, journal=journal)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["Authorization", "X-API-Key", "Content-Type", REQUEST_ID, TIMEOUT_HEADER],
+            expose_headers=[REQUEST_ID, "Server-Timing", "Retry-After"],
+            max_age=CORS_MAX_AGE_S,
+        )
     # Starlette's own answers a WebSocket with an empty 403.
     app.router.default = _no_route
     app.add_exception_handler(ServiceError, _on_error)

@@ -32,7 +32,7 @@ KEY_HEADER = " -H 'Authorization: Bearer KEY'"
 WELCOME = """sotto listens on {url}   (API documentation: {url}/docs, metrics: {url}/metrics)
 model {model}, {keywords} keywords
 
-Try, from another terminal in this folder:
+Open {url}/ in a browser, or try from another terminal in this folder:
   curl -s{key} --data-binary @examples/computer.wav -H 'Content-Type: audio/wav' {url}/v1/keywords/detect
   curl -s{key} --data-binary @examples/five-words.wav -H 'Content-Type: audio/wav' {url}/v1/keywords/detect
 """

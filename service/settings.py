@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,6 +53,11 @@ class Settings(BaseSettings):
     )
 
     api_keys: tuple[ApiKey, ...] = Field(default=(), repr=False, description="JSON list; see `sotto keys new`.")
+    cors_origins: tuple[str, ...] = Field(
+        default=(),
+        description="JSON list of the origins whose pages may use the service from a browser, such as "
+        '`["https://example.org"]`; `*` is all. Needs API keys.',
+    )
     rate_per_minute: int = Field(default=0, ge=0, description="Requests a minute for each key; 0 is unlimited.")
 
     max_upload_bytes: int = Field(default=16 * 2**20, ge=1024)
@@ -129,6 +135,20 @@ class Settings(BaseSettings):
                 f"SOTTO_HOST={self.host} can be reached from other machines, and no API key is configured. "
                 "Make a key with `sotto keys new`, put the line it prints into the environment, or listen on 127.0.0.1."
             )
+        return self
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _plain_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s?#@]+", origin):
+                raise ValueError(f"{origin!r} is no origin: scheme, host and perhaps port, such as https://example.org")
+        return origins
+
+    @model_validator(mode="after")
+    def _pages_with_keys(self) -> Settings:
+        if self.cors_origins and not self.api_keys:
+            raise ValueError("SOTTO_CORS_ORIGINS needs API keys: without them pages of other origins are refused")
         return self
 
     @model_validator(mode="after")

@@ -23,6 +23,7 @@ EXPECTED = [
     "Metric",
     "ModelNotFoundError",
     "ModelReference",
+    "OperatingPoint",
     "SpeakerInfo",
     "StoreError",
     "StreamInfo",

@@ -214,9 +214,9 @@ def test_whoever_fears_strangers_more_asks_for_a_rate_of_false_accepts(
         for rate, wanted in points.items():
             threshold, accepted, score = claim(answer(service.post(f"{path}{at}false_accept_rate={rate}", clip)))
             assert (threshold, accepted) == (wanted, score >= wanted)
-        for nonsense, status in (("0.02", 400), ("0", 400), ("1", 400), ("often", 400)):
+        for nonsense in ("0.02", "0", "1", "often"):
             refused = service.post(f"{path}{at}false_accept_rate={nonsense}", clip)
-            assert (refused.status_code, refused.json()["code"]) == (status, "invalid_request")
+            assert (refused.status_code, refused.json()["code"]) == (422, "invalid_request")
     unclaimed = service.post(f"{ANALYZE}?false_accept_rate=0.01", clip)
     assert "needs speaker_id" in unclaimed.json()["detail"]
 

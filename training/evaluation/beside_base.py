@@ -18,6 +18,7 @@ from training.students.joint import JointModel
 from training.teachers import SelfSupervised
 
 RUNS = 60
+SPEAKER_DIM = 192  # where the bundle has none to compare with
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +44,10 @@ class Beside:
 def beside_base(bundle: Bundle, config: HubertConfig | None = None, *, runs: int | None = None) -> Beside:
     """`config` is HuBERT Base's by default."""
     manifest = bundle.manifest
-    trunk = SelfSupervised(HubertModel(config or HubertConfig()), normalise=False)  # type: ignore[no-untyped-call]
-    speaker = {} if manifest.speaker is None else {"speaker_dim": manifest.speaker.dim}
-    network = JointModel(trunk, 1 + len(manifest.keywords.labels), **speaker).eval()
-    # Of a bundle that knows keywords only, the other has no more to do.
+    trunk = SelfSupervised(HubertModel(config or HubertConfig()), normalise=False)
+    speaker_dim = SPEAKER_DIM if manifest.speaker is None else manifest.speaker.dim
+    network = JointModel(trunk, 1 + len(manifest.keywords.labels), speaker_dim=speaker_dim).eval()
+    # Beside a bundle that knows keywords only, it does no more than that.
     graph = part_of(graph_of(network), outputs_of(manifest))
     own = bundle.read(manifest.graph.file)
     latencies = latencies_ms({"own": own, "base": graph}, runs=runs or RUNS)
