@@ -91,8 +91,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.include_router(router)
     direct = [route for router in routers for route in router.routes]
     app.add_middleware(DirectRoutes, routes=direct, on_error=_on_service_error)
-    journal = Journal(everything=settings.access_log)
-    app.add_middleware(RequestFrame, metrics=runtime.metrics, uploads=runtime.uploads, journal=journal)
+    # Within the frame, so that what browsers ask beforehand has an id and counts as well.
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -102,6 +101,8 @@ def create_app(settings: Settings) -> FastAPI:
             expose_headers=[REQUEST_ID, "Server-Timing", "Retry-After"],
             max_age=CORS_MAX_AGE_S,
         )
+    journal = Journal(everything=settings.access_log)
+    app.add_middleware(RequestFrame, metrics=runtime.metrics, uploads=runtime.uploads, journal=journal)
     # Starlette's own answers a WebSocket with an empty 403.
     app.router.default = _no_route
     app.add_exception_handler(ServiceError, _on_error)

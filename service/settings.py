@@ -56,7 +56,8 @@ class Settings(BaseSettings):
     cors_origins: tuple[str, ...] = Field(
         default=(),
         description="JSON list of the origins whose pages may use the service from a browser, such as "
-        '`["https://example.org"]`; `*` is all. Needs API keys.',
+        '`["https://example.org"]`; `*` is all. Needs API keys. What is refused before a route has it, for want of '
+        "time or of connections, a page sees as a network error.",
     )
     rate_per_minute: int = Field(default=0, ge=0, description="Requests a minute for each key; 0 is unlimited.")
 
@@ -141,8 +142,14 @@ class Settings(BaseSettings):
     @classmethod
     def _plain_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
         for origin in origins:
-            if origin != "*" and not re.fullmatch(r"https?://[^/\s?#@]+", origin):
-                raise ValueError(f"{origin!r} is no origin: scheme, host and perhaps port, such as https://example.org")
+            # Compared as browsers send them: in lower case, without the port that goes without saying.
+            port = {"http": ":80", "https": ":443"}.get(origin.partition("://")[0], "")
+            plain = re.fullmatch(r"https?://[^/\s?#@*A-Z]+", origin) and not origin.endswith(port)
+            if origin != "*" and not plain:
+                raise ValueError(
+                    f"{origin!r} is no origin: scheme, host and perhaps port, in lower case and without the scheme's "
+                    "own port, such as https://example.org; `*` is all of them, and stands alone"
+                )
         return origins
 
     @model_validator(mode="after")

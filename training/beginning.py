@@ -8,7 +8,7 @@ nothing, with the mean and spread that it meets in training batches, so that tra
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from training.recipe import Recipe
 from training.students.edge import Edge
 
 Floats = npt.NDArray[np.float32]
+MANIFEST = "manifest.csv"
 Norm = nn.BatchNorm1d | nn.BatchNorm2d
 
 
@@ -80,14 +81,17 @@ def reference_of(bundle: Bundle) -> str:
     return f"{bundle.manifest.name}@{bundle.manifest.version}"
 
 
-def check_same_people(recipe: Recipe, bundle: Bundle) -> None:
-    """Calibration would meet people that the bundle was trained on, had it set others aside. Raises RunError."""
+def check_same_people(recipe: Recipe, bundle: Bundle, tables: Mapping[str, str]) -> None:
+    """Calibration would meet people that the bundle was trained on, had it set others aside. `tables` are the digests
+    of the data's. Raises RunError."""
     try:
         made = Recipe.model_validate(bundle.manifest.lineage.recipe)
     except ValidationError as error:
         raise RunError(f"{reference_of(bundle)} was not made by `sotto train`") from error
     if (made.seed, made.data.calibration_fraction) != (recipe.seed, recipe.data.calibration_fraction):
         raise RunError(f"{reference_of(bundle)} set other speakers aside; give the recipe its seed and fraction")
+    if bundle.manifest.lineage.data.get(MANIFEST) != tables.get(MANIFEST):
+        raise RunError(f"{reference_of(bundle)} was trained with another {MANIFEST}: who is set aside depends on it")
 
 
 @torch.no_grad()

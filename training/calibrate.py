@@ -28,7 +28,7 @@ from training.evaluation.statistics import (
     fit_calibration,
     threshold_for_false_alarms,
 )
-from training.evaluation.tasks import clip_accuracy, plan_trials, run_trials
+from training.evaluation.tasks import TURNED_AWAY, clip_accuracy, plan_trials, run_trials
 from training.export import COHORT, COHORT_CLIPS, UNFITTED, export, write_draft
 from training.finished import name_of, origin
 from training.manifest import CALIBRATION_FOLD, Clip, Data, Recording
@@ -221,7 +221,7 @@ def _fit_speakers(client: ServiceClient, fold: list[Clip], say: Say) -> _Speaker
     for plan in plans:
         run_trials(client, plan)
     fits = []
-    for with_cohort in (True, False):
+    for with_cohort, turned_away in zip((True, False), TURNED_AWAY, strict=True):
         parts = [plan.split(plan.llr if with_cohort else plan.cosine) for plan in plans]
         targets = np.concatenate([part[0] for part in parts])
         impostors = np.concatenate([part[1] for part in parts])
@@ -232,7 +232,8 @@ def _fit_speakers(client: ServiceClient, fold: list[Clip], say: Say) -> _Speaker
         note = f"{kind}, {len(targets)} target and {len(impostors)} impostor trials, EER {eer:.4f}, Cllr {cost:.4f}"
         say(note)
         if scale > 0:
-            strict = _operating_points(scale * impostors + offset)
+            # Claims that the service turned away would make strangers seem rarer than they are.
+            strict = _operating_points(scale * impostors[impostors > turned_away] + offset)
             fits.append(_SpeakerFit(scale, offset, with_cohort, cost, note, strict))
     if not fits:
         raise TrainingError("impostors score higher than the speakers themselves: this network tells nobody apart")
@@ -240,13 +241,15 @@ def _fit_speakers(client: ServiceClient, fold: list[Clip], say: Say) -> _Speaker
 
 
 def _operating_points(impostors: npt.NDArray[np.float64]) -> tuple[OperatingPoint, ...]:
-    """Of impostors' log-likelihood ratios, the thresholds that so small shares of them reach; none where there are too
-    few for one false accept to be expected."""
+    """Of impostors' log-likelihood ratios, the thresholds that so small shares of them reach, never laxer than even
+    odds; none where there are too few for one false accept to be expected."""
     return tuple(
         # Up to the next thousandth, so that rounding lets nobody in.
         OperatingPoint(
             false_accept_rate=rate,
-            threshold=math.ceil(threshold_for_false_alarms(impostors, int(rate * len(impostors))) * 1000) / 1000,
+            threshold=max(
+                0.0, math.ceil(threshold_for_false_alarms(impostors, int(rate * len(impostors))) * 1000) / 1000
+            ),
         )
         for rate in FALSE_ACCEPT_RATES
         if rate * len(impostors) >= 1

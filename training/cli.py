@@ -272,7 +272,8 @@ def evaluate(
     data: Annotated[Path, typer.Option(help="Folder with manifest.csv.")] = Path("../shared/data"),
     split: Annotated[str, typer.Option(help="Split to report on.")] = "dev",
     row: Annotated[
-        list[str] | None, typer.Option(help="asc, commands, wake, spot, sv, cost; default all. Or keywords, trials.")
+        list[str] | None,
+        typer.Option(help="asc, commands, wake, spot, sv, cost; default all. Or keywords, base, trials."),
     ] = None,
     api_key: Annotated[str | None, typer.Option(envvar="SOTTO_EVALUATE_KEY")] = None,
     peers: Annotated[Path, typer.Option(help="Python with the peers (make peers).")] = Path(".venv-peers/bin/python"),

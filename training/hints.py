@@ -138,8 +138,13 @@ class HintCache:
     """What the teacher said about each recording, standardised over all; build with `HintCache.build`."""
 
     def __init__(
-        self, vectors: npt.NDArray[np.float16], index: dict[str, tuple[int, int, int]], stride: int = STRIDE
+        self,
+        vectors: npt.NDArray[np.float16],
+        index: dict[str, tuple[int, int, int]],
+        stride: int = STRIDE,
+        teacher: str = "",
     ) -> None:
+        self.teacher = teacher  # its digest
         self.width = vectors.shape[1]
         self._vectors = vectors
         self._index = index
@@ -164,7 +169,7 @@ class HintCache:
             partial.replace(data)
             table.write_text(json.dumps(index))
         stored = {name: (int(a), int(b), int(n)) for name, (a, b, n) in json.loads(table.read_text()).items()}
-        return cls(np.load(data, mmap_mode="r"), stored, teacher.stride)
+        return cls(np.load(data, mmap_mode="r"), stored, teacher.stride, teacher.digest)
 
     def at(self, path: Path, samples: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
         """Vectors [T, width] at the recording's sample positions [T] (linear between windows), and where the

@@ -161,7 +161,7 @@ class Recipe(_Strict):
     # The share of those weights in the final ones: between both, new people are often told apart best (WiSE-FT,
     # Wortsman et al. 2022).
     before_share: float = Field(default=0.0, ge=0, lt=1)
-    # A bundle of the built-in store, NAME@VERSION, whose weights it goes on from (`training/published.py`).
+    # A bundle of the built-in store, NAME@VERSION, whose weights it goes on from (`training/beginning.py`).
     begin: str | None = Field(default=None, pattern=REFERENCE)
     # What learns, where not all does: of the speaker branch alone, keywords stay bit for bit what came first; of
     # keywords alone, a speaker branch that parts at the features stays what it was.

@@ -28,7 +28,7 @@ from training.checkpoint import restore, save, update_average
 from training.errors import RunError, TeacherError
 from training.files import write_json
 from training.hints import HintCache, HintHead, open_hint_teacher
-from training.manifest import CALIBRATION_FOLD, Clip, Data, digest_data, labels_of, read_data
+from training.manifest import CALIBRATION_FOLD, Clip, Data, digest_data, digest_tables, labels_of, read_data
 from training.monitor import watch
 from training.objectives.soft_targets import SoftTargets, soft_loss, teaching_bundle
 from training.objectives.speaker import AamSoftmax
@@ -140,7 +140,7 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int |
         go_on_from(folder / "before", student, heads)
     optimizer = _optimizer(recipe, [student, heads])
     average = {name: value.detach().clone() for name, value in student.state_dict().items()}
-    _write_run_file(recipe, folder, prepared, source, student)
+    _write_run_file(recipe, folder, prepared, source, student, hints)
     done = restore(folder, student, heads, optimizer, average)
     last = min(recipe.schedule.steps, stop_after or recipe.schedule.steps)
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done)
@@ -174,8 +174,11 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int |
 
 
 def _hints(wanted: HintsRecipe, prepared: Prepared, folder: Path) -> HintCache:
-    """What the teacher says about the clips that it is to hear. Raises TeacherError."""
+    """What the teacher says about the clips that it is to hear. Raises TeacherError, RunError."""
     teacher = open_hint_teacher(wanted.network, wanted.teacher, threads=torch.get_num_threads())
+    unknown = set(wanted.corpora or ()) - {clip.corpus for clip in prepared.training}
+    if unknown:
+        raise RunError(f"hints are to be about {', '.join(sorted(unknown))}, of which there are no training clips")
     heard = [clip.path for clip in prepared.training if wanted.corpora is None or clip.corpus in wanted.corpora]
     return HintCache.build(folder, teacher, heard, prepared.cache)
 
@@ -200,7 +203,7 @@ def check_teachers(recipe: Recipe) -> None:
     if recipe.soft_targets is not None:
         teaching_bundle(recipe.soft_targets.bundle)
     if recipe.begin is not None:
-        check_same_people(recipe, teaching_bundle(recipe.begin))
+        check_same_people(recipe, teaching_bundle(recipe.begin), digest_tables(recipe.data.root))
 
 
 def go_on_from(before: Path, student: Edge, heads: TrainingHeads) -> None:
@@ -338,7 +341,9 @@ def _in_bf16(recipe: Recipe) -> bool:
     return recipe.schedule.precision == "bfloat16" and processor_has_bf16()
 
 
-def _write_run_file(recipe: Recipe, folder: Path, prepared: Prepared, source: BatchSource, student: Edge) -> None:
+def _write_run_file(
+    recipe: Recipe, folder: Path, prepared: Prepared, source: BatchSource, student: Edge, hints: HintCache | None
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "run.json"
     if path.is_file():
@@ -362,6 +367,7 @@ def _write_run_file(recipe: Recipe, folder: Path, prepared: Prepared, source: Ba
         "begin": teaching_bundle(recipe.begin).digest if recipe.begin else None,
         "before": hashlib.sha256((folder / "before/student.pt").read_bytes()).hexdigest() if recipe.after else None,
         "soft_targets": teaching_bundle(recipe.soft_targets.bundle).digest if recipe.soft_targets else None,
+        "hints": None if hints is None else hints.teacher,
         "voices": teaching_bundle(recipe.voices.bundle).digest if recipe.voices and recipe.voices.bundle else None,
         "training_clips": len(prepared.training),
         "speakers": len(source.speakers),

@@ -41,7 +41,7 @@ Array = npt.NDArray[np.float32]
 
 
 class WhisperEncoder:
-    """The encoder in `folder`, all `layers` of it or the first ones. Raises TeacherError where it is not.
+    """The encoder in `folder`. Raises TeacherError where it is not.
 
     Called with a recording [N] in [-1, 1] it gives [ceil(N / STRIDE) + 1, 512]; vector k is centred on sample
     k * STRIDE.
@@ -49,7 +49,7 @@ class WhisperEncoder:
 
     stride = STRIDE
 
-    def __init__(self, folder: Path, *, layers: int | None = None, verify: bool = True) -> None:
+    def __init__(self, folder: Path, *, verify: bool = True) -> None:
         missing = [name for name in PARTS if not (folder / name).is_file()]
         if missing:
             raise TeacherError(
@@ -71,10 +71,7 @@ class WhisperEncoder:
             self.width = len(self._weights["layer_norm/gamma"])
         except DAMAGED as error:
             raise TeacherError(f"{folder} holds no encoder of Whisper in CTranslate2's format: {error}") from error
-        whole = sum(name.endswith("/ffn/layer_norm/gamma") for name in self._weights)
-        self._layers, self._all = whole if layers is None else layers, layers is None
-        # What it says depends on where it is left, so a cache of it does too.
-        self.digest = self.digest if layers is None else hashlib.sha256(f"{self.digest}-{layers}".encode()).hexdigest()
+        self._layers = sum(name.endswith("/ffn/layer_norm/gamma") for name in self._weights)
         mel = mel_filter_bank(1 + WINDOW // 2, MELS, 0.0, 8000.0, SAMPLE_RATE_HZ, norm="slaney", mel_scale="slaney")
         self._mel = torch.from_numpy(mel.astype(np.float32))
         self._window = torch.hann_window(WINDOW)
@@ -105,12 +102,15 @@ class WhisperEncoder:
             kernel, bias = weights[f"{name}/weight"], weights[f"{name}/bias"]
             x = functional.gelu(functional.conv1d(x, kernel, bias, stride=stride, padding=1))
         x = x.transpose(1, 2)
-        x = x + weights["position_encodings/encodings"][: x.shape[1]]
+        places = weights["position_encodings/encodings"]
+        if x.shape[1] > len(places):
+            raise TeacherError(f"a recording of {x.shape[1] * HOP / SAMPLE_RATE_HZ:.0f} s is too long for Whisper")
+        x = x + places[: x.shape[1]]
         for layer in range(self._layers):
             x = x + self._attend(f"layer_{layer}/self_attention", x)
             hidden = functional.gelu(self._linear(f"layer_{layer}/ffn/linear_0", self._norm(f"layer_{layer}/ffn", x)))
             x = x + self._linear(f"layer_{layer}/ffn/linear_1", hidden)
-        return self._norm("", x) if self._all else x
+        return self._norm("", x)
 
     def _attend(self, name: str, x: Tensor) -> Tensor:
         clips, frames, width = x.shape

@@ -4,39 +4,47 @@ const byId = (id) => document.getElementById(id);
 const ENROL_S = 4;
 const CLAIM_S = 3;
 const MOST_ROWS = 50;
+const MOST_SPEAKERS = 100;
+// How long the service has to tell what it still heard, after the last of the audio.
+const LAST_WORDS_S = 3;
 // WebSockets and raw PCM are taken up to this rate.
 const HIGHEST_RATE_HZ = 48000;
 const TYPES = { wav: "audio/wav", flac: "audio/flac", ogg: "audio/ogg", opus: "audio/ogg", oga: "audio/ogg", mp3: "audio/mpeg" };
 
-byId("key").value = sessionStorage.getItem("key") ?? "";
-byId("key").addEventListener("change", () => {
-  sessionStorage.setItem("key", byId("key").value);
-  begin();
-});
+// Not kept anywhere: other pages of this origin, the documentation among them, load scripts from elsewhere.
+const apiKey = () => byId("key").value.trim();
+byId("key").addEventListener("change", () => begin());
 
 function say(problem) {
   byId("fault").textContent = problem;
   byId("fault").hidden = !problem;
 }
 
-/** Whatever goes wrong in a handler is said on the page. */
-function guarded(work) {
+/** Whatever goes wrong in a handler is said on the page; meanwhile its buttons cannot be pressed again. */
+function guarded(work, ...buttons) {
   return async (event) => {
     say("");
+    for (const button of buttons) byId(button).disabled = true;
     try {
       await work(event);
     } catch (error) {
       say(error.message);
+      byId("verdict").textContent = "";
+    } finally {
+      for (const button of buttons) byId(button).disabled = false;
     }
   };
 }
 
 /** The answer's JSON; problem details become an Error with their words. */
 async function ask(path, options = {}) {
-  const key = byId("key").value;
+  const key = apiKey();
   const headers = { ...options.headers, ...(key ? { Authorization: `Bearer ${key}` } : {}) };
   const response = await fetch(path, { ...options, headers });
-  if (response.status === 401) byId("key-row").hidden = false;
+  if (response.status === 401) {
+    byId("key-row").hidden = false;
+    throw new Error(key ? "The service does not know this API key." : "This service asks for an API key: enter it above.");
+  }
   if (response.status === 204) return null;
   const body = await response.json();
   if (!response.ok) throw new Error(body.detail ?? body.title);
@@ -91,33 +99,51 @@ async function microphone(take) {
 
 let stopListening = null;
 
-function stop() {
-  stopListening?.();
+/** What the field asks for; a refused stream could not say which word is unknown. */
+function wantedWords() {
+  const words = byId("words").value.split(",").map((text) => text.trim()).filter(Boolean);
+  const known = new Set([...byId("keywords").options].map((option) => option.value));
+  const unknown = words.filter((word) => !known.has(word));
+  if (unknown.length) throw new Error(`The model does not know ${unknown.join(", ")}.`);
+  return words;
 }
 
 async function listen() {
-  if (stopListening) return stop();
+  if (stopListening) return stopListening();
+  const words = wantedWords();
   let socket = null;
   const source = await microphone((piece) => {
     if (socket?.readyState === WebSocket.OPEN) socket.send(piece);
   });
-  const query = new URLSearchParams({ rate: String(source.rate) });
-  for (const word of byId("words").value.split(",").map((text) => text.trim()).filter(Boolean)) query.append("keywords", word);
-  const address = new URL(`v1/keywords/stream?${query}`, location.href);
-  address.protocol = location.protocol === "https:" ? "wss:" : "ws:";
-  const key = byId("key").value;
-  socket = new WebSocket(address, key ? ["bearer", key] : []);
+  try {
+    const query = new URLSearchParams({ rate: String(source.rate) });
+    for (const word of words) query.append("keywords", word);
+    const address = new URL(`v1/keywords/stream?${query}`, location.href);
+    address.protocol = location.protocol === "https:" ? "wss:" : "ws:";
+    socket = new WebSocket(address, apiKey() ? ["bearer", apiKey()] : []);
+  } catch (error) {
+    await source.close();
+    throw error;
+  }
   byId("heard").replaceChildren();
   byId("listen").textContent = "Stop";
   let asked = false;
+  let opened = false;
   stopListening = () => {
     asked = true;
+    stopListening = null;
+    // From now on nothing more is heard, whatever becomes of the connection.
+    source.close();
+    byId("listen").textContent = "Listen to the microphone";
     if (socket.readyState === WebSocket.OPEN) socket.send(JSON.stringify({ type: "end" }));
-    else socket.close();
+    setTimeout(() => socket.close(), LAST_WORDS_S * 1000);
   };
   socket.onmessage = ({ data }) => {
     const message = JSON.parse(data);
-    if (message.type === "ready") byId("listening").textContent = `${message.model.name}@${message.model.version} listens`;
+    if (message.type === "ready") {
+      opened = true;
+      byId("listening").textContent = `${message.model.name}@${message.model.version} listens`;
+    }
     if (message.type === "detection") {
       byId("heard").prepend(eventRow(message));
       while (byId("heard").childElementCount > MOST_ROWS) byId("heard").lastElementChild.remove();
@@ -125,16 +151,16 @@ async function listen() {
     if (message.type === "error") say(message.detail);
   };
   socket.onclose = ({ code }) => {
-    source.close();
-    stopListening = null;
-    byId("listen").textContent = "Listen to the microphone";
     byId("listening").textContent = "";
-    if (!asked && byId("fault").hidden) say(`The stream was closed (code ${code}).`);
+    if (asked) return;
+    stopListening();
+    if (!opened) say("The service refused the stream, or cannot be reached.");
+    else if (byId("fault").hidden) say(`The stream was closed (code ${code}).`);
   };
 }
 
 async function record(length_s) {
-  stop();
+  stopListening?.();
   const pieces = [];
   const source = await microphone((piece) => pieces.push(piece));
   byId("verdict").textContent = `Speak for ${length_s} seconds …`;
@@ -167,17 +193,19 @@ async function identify() {
 }
 
 async function listSpeakers() {
-  const { speakers } = await ask("v1/speakers?limit=100");
+  const { speakers, next_cursor: more } = await ask(`v1/speakers?limit=${MOST_SPEAKERS}`);
   const rows = speakers.map((one) => {
     const remove = document.createElement("button");
     remove.type = "button";
     remove.textContent = "Delete";
     remove.addEventListener("click", guarded(async () => {
+      if (!confirm(`Delete all that is stored of ${one.speaker_id}?`)) return;
       await ask(`v1/speakers/${encodeURIComponent(one.speaker_id)}`, { method: "DELETE" });
       await listSpeakers();
     }));
     return cells([one.speaker_id, one.status, `${one.speech_s.toFixed(1)} s`, remove]);
   });
+  if (more) rows.push(cells([`and more than ${MOST_SPEAKERS}`, "", "", ""]));
   byId("speakers").replaceChildren(...rows);
 }
 
@@ -201,9 +229,10 @@ const begin = guarded(async () => {
   if (!byId("voices").hidden) await listSpeakers();
 });
 
-byId("listen").addEventListener("click", guarded(listen));
+const VOICES = ["enrol", "verify", "identify"];
+byId("listen").addEventListener("click", guarded(listen, "listen"));
 byId("file").addEventListener("change", guarded(detectInFile));
-byId("enrol").addEventListener("click", guarded(enrol));
-byId("verify").addEventListener("click", guarded(verify));
-byId("identify").addEventListener("click", guarded(identify));
+byId("enrol").addEventListener("click", guarded(enrol, ...VOICES));
+byId("verify").addEventListener("click", guarded(verify, ...VOICES));
+byId("identify").addEventListener("click", guarded(identify, ...VOICES));
 begin();

@@ -156,8 +156,8 @@ FalseAcceptRateParameter = Annotated[
     Query(
         gt=0,
         lt=1,
-        description="Accept no more than this share of strangers' claims, 0.01 or 0.001: one of the model's "
-        "`operating_points`. Default: what is likelier the same voice than not.",
+        description="Decide with the threshold that was fitted for this share of single claims by strangers, 0.01 or "
+        "0.001: one of the model's `operating_points`. Default: what is likelier the same voice than not.",
     ),
 ]
 SPEAKER_ID = r"^[A-Za-z0-9][A-Za-z0-9._@:+-]{0,127}$"

@@ -17,7 +17,7 @@ from training.beginning import begin_with_bundle, check_same_people, meet
 from training.compact import compact
 from training.errors import RunError
 from training.export import export
-from training.manifest import labels_of, read_data
+from training.manifest import digest_tables, labels_of, read_data
 from training.objectives import soft_targets
 from training.objectives.soft_targets import teaching_bundle
 from training.recipe import Recipe
@@ -120,6 +120,15 @@ def test_a_share_of_the_bundle_can_be_kept(published: str, parted: TinyRun, tmp_
     torch.testing.assert_close(half, (first + whole) / 2)
 
 
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(published: str, parted: TinyRun, tmp_path: Path) -> None:
+    recipe = parted.recipe.model_copy(update={"begin": published, "only": "keywords", "before_share": 0.3})
+    whole = train(recipe, tmp_path / "whole", parted.cache)
+    train(recipe, tmp_path / "stopped", parted.cache, stop_after=2)
+    stopped = train(recipe, tmp_path / "stopped", parted.cache)
+    first, second = (load_student(folder)[0].state_dict() for folder in (whole, stopped))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
 def test_another_shape_or_other_words_are_refused(published: str, parted: TinyRun) -> None:
     bundle = teaching_bundle(published)
     labels = [keyword.label for keyword in bundle.manifest.keywords.labels]
@@ -132,9 +141,13 @@ def test_another_shape_or_other_words_are_refused(published: str, parted: TinyRu
 
 def test_the_bundle_has_to_have_set_the_same_people_aside(published: str, parted: TinyRun) -> None:
     bundle = teaching_bundle(published)
-    check_same_people(parted.recipe, bundle)
+    tables = digest_tables(parted.recipe.data.root)
+    check_same_people(parted.recipe, bundle, tables)
     with pytest.raises(RunError, match="other speakers aside"):
-        check_same_people(parted.recipe.model_copy(update={"seed": 5}), bundle)
+        check_same_people(parted.recipe.model_copy(update={"seed": 5}), bundle, tables)
+    # Who is set aside is drawn from who is in the tables.
+    with pytest.raises(RunError, match=r"another manifest\.csv"):
+        check_same_people(parted.recipe, bundle, {**tables, "manifest.csv": "0" * 64})
 
 
 @pytest.mark.parametrize(

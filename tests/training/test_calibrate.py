@@ -170,6 +170,8 @@ def test_a_stricter_threshold_lets_in_no_more_strangers_than_it_says() -> None:
         accepted = (impostors >= point.threshold).sum()
         # Not one more would be within the share.
         assert accepted == int(point.false_accept_rate * len(impostors))
+    # Strangers who all sound strange need no threshold below even odds.
+    assert {point.threshold for point in calibrate_module._operating_points(impostors - 30)} == {0.0}
     # Of so few nothing can be said for one in a thousand, or in a hundred.
     few = calibrate_module._operating_points(impostors[:150])
     assert [point.false_accept_rate for point in few] == [0.01]

@@ -63,7 +63,7 @@ class ServiceClient:
 
     def tells_speakers(self) -> bool:
         """Whether the model that answers by default knows people by their voices."""
-        return "speaker" in self._version().get("tasks", ())
+        return "speaker" in self._version()["tasks"]
 
     def operating_points(self) -> dict[float, float]:
         """Of the model that answers by default: false-accept rates and the thresholds that are to keep to them."""
