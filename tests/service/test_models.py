@@ -29,11 +29,14 @@ VERSIONS = 3
 
 @pytest.fixture
 def store(tmp_path: Path, builtin_store: LocalStore) -> LocalStore:
-    """The built-in model three times; `production` is the first."""
+    """The built-in model three times, each with speakers of its own; `production` is the first."""
     made = LocalStore(tmp_path / "models")
     bundle = builtin_store.resolve(NAME)
+    assert bundle.manifest.speaker is not None
+    speaker = bundle.manifest.speaker.model_copy(update={"space": None})
+    manifest = bundle.manifest.model_copy(update={"speaker": speaker})
     for _ in range(VERSIONS):
-        made.publish(bundle.manifest, {name: bundle.read(name) for name in bundle.manifest.files})
+        made.publish(manifest, {name: bundle.read(name) for name in manifest.files})
     made.set_alias(NAME, "production", 1)
     return made
 
