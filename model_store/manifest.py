@@ -112,7 +112,7 @@ class Calibration(_Strict):
 
 
 class OperatingPoint(_Strict):
-    """A stricter decision: from `threshold` on, one claim of a stranger in 1 / `false_accept_rate` is accepted."""
+    """A stricter decision: of strangers' claims, `false_accept_rate` reach `threshold`."""
 
     false_accept_rate: Finite = Field(gt=0, lt=1)
     threshold: Finite

@@ -1,4 +1,5 @@
-"""Databases for profiles: a file, and a PostgreSQL server that these tests start for themselves."""
+"""Databases for profiles: a file, and a PostgreSQL server that these tests start for themselves. Speakers of the one
+service that leave nothing behind."""
 
 from __future__ import annotations
 
@@ -11,8 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
 
+import httpx
 import psycopg
 import pytest
+
+from model_store import LocalStore, Manifest
+from tests.conftest import RunningService, encoded, voice
+from tests.service.asking import ADA, answer
 
 
 @pytest.fixture(scope="session")
@@ -61,3 +67,26 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"sqlite:///{tmp_path}/profiles.sqlite3"
     url: str = request.getfixturevalue("postgres_url")
     return url
+
+
+@pytest.fixture(scope="module")
+def manifest(builtin_store: LocalStore) -> Manifest:
+    return builtin_store.resolve("sotto-edge").manifest
+
+
+@pytest.fixture
+def speakers(service: RunningService) -> Iterator[str]:
+    """A prefix for speaker ids; whoever has it is gone afterwards."""
+    prefix = "routes-"
+    yield prefix
+    for speaker in answer(service.get("/v1/speakers", params={"limit": 1000}))["speakers"]:
+        if speaker["speaker_id"].startswith(prefix):
+            assert httpx.delete(f"{service.url}/v1/speakers/{speaker['speaker_id']}").status_code == 204
+
+
+@pytest.fixture
+def ada(service: RunningService, speakers: str) -> str:
+    """The id of an enrolled speaker."""
+    body = answer(service.post(f"/v1/speakers/{speakers}ada/enrollments", encoded(voice(6, **ADA))))
+    assert body["status"] == "enrolled"
+    return body["speaker_id"]

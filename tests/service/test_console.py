@@ -160,6 +160,7 @@ class Browser:
 def browser(service: RunningService, tmp_path: Path) -> Iterator[Browser]:
     """On the console, with five words in place of a microphone, over and over."""
     if CHROMIUM is None:
+        # As for PostgreSQL and promtool: `.ci/run` installs it, a person who runs `make test` need not.
         pytest.skip("needs Chromium (Debian package chromium)")
     flags = [
         "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",

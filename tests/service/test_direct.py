@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.conftest import RunningService
-from tests.service.test_routes import ANALYZE, COMPUTER, DETECT, EMBEDDINGS, answer
+from tests.service.asking import ANALYZE, COMPUTER, DETECT, EMBEDDINGS, answer
 
 
 @pytest.mark.parametrize(

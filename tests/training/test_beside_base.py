@@ -12,7 +12,7 @@ from model_store.store import open_bundle
 from training.errors import MeasurementError
 from training.evaluation import beside_base as module
 from training.evaluation.beside_base import beside_base
-from training.evaluation.report import _base
+from training.evaluation.report import _base, _itself
 
 SMALL = HubertConfig(
     hidden_size=64,
@@ -47,4 +47,4 @@ def test_the_row_says_both_figures(made_draft: tuple[Path, Manifest], monkeypatc
     assert figures[0].value < 100
     assert "M parameters" in figures[0].detail
     with pytest.raises(MeasurementError, match="needs the bundle itself"):
-        _base(None)
+        _itself("base", None)

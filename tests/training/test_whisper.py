@@ -162,6 +162,7 @@ def test_another_version_of_the_format_is_refused() -> None:
 def test_the_real_one_hears_the_same_in_quiet_and_loud() -> None:
     folder = FOLDERS["whisper-base"]
     if not (folder / PARTS[1]).is_file():
+        # 150 MB of packages, which CI does not download; its format and arithmetic are tested above on a small one.
         pytest.skip("needs `make teachers`")
     teacher = WhisperEncoder(folder)
     assert (teacher.digest, teacher.width) == (DIGEST, 512)

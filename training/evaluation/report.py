@@ -126,9 +126,9 @@ def evaluate(
         elif row == "trials":
             _listed(report, client, data)
         elif row == "cost":
-            report.figures += _cost(bundle)
+            report.figures += _cost(_itself(row, bundle))
         elif row == "base":
-            report.figures += _base(bundle)
+            report.figures += _base(_itself(row, bundle))
         else:
             raise MeasurementError(f"no row {row!r}; there are {', '.join((*ROWS, *OTHER_ROWS))}")
     return report
@@ -256,9 +256,14 @@ def _strict(plans: Sequence[Trials], operating_points: Mapping[float, float]) ->
     return figures
 
 
-def _cost(bundle: Bundle | None) -> list[Figure]:
+def _itself(row: str, bundle: Bundle | None) -> Bundle:
+    """What can only be measured beside the service."""
     if bundle is None:
-        raise MeasurementError("cost needs the bundle itself: give it beside --url, or leave the row out")
+        raise MeasurementError(f"{row} needs the bundle itself: give it beside --url, or leave the row out")
+    return bundle
+
+
+def _cost(bundle: Bundle) -> list[Figure]:
     graph = bundle.read(bundle.manifest.graph.file)
     latency = latencies_ms({"": graph})[""]
     return [
@@ -270,9 +275,7 @@ def _cost(bundle: Bundle | None) -> list[Figure]:
     ]
 
 
-def _base(bundle: Bundle | None) -> list[Figure]:
-    if bundle is None:
-        raise MeasurementError("base needs the bundle itself: give it beside --url, or leave the row out")
+def _base(bundle: Bundle) -> list[Figure]:
     # Imports transformers.
     from training.evaluation.beside_base import beside_base
 

@@ -15,7 +15,7 @@ as a convolution pads. So a clip gives the same outputs alone and padded within 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -32,7 +32,7 @@ FRAME_HOP = HOP * FRAME_STRIDE
 
 Parting = Literal["shared", "early", "features"]
 PARTINGS: tuple[Parting, ...] = get_args(Parting)  # from late to early
-# Of `Edge`, where it parts at the features.
+# All of `Edge` that is the speaker branch's alone, where it parts at the features.
 SPEAKER_PARTS = ("speaker_stem", "speaker_early", "to_speaker", "speaker", "pool", "speaker_head")
 FeatureChange = Callable[[Tensor], Tensor]
 
@@ -211,16 +211,17 @@ class Edge(nn.Module):
 
     def hold_keywords(self) -> None:
         """Take all but the speaker branch out of training, statistics of its norms included."""
-        held = (self.features, self.stem, self.early, self.down, self.shared)
-        for part in (*held, self.to_keyword, self.keyword, self.keyword_head):
-            part.eval().requires_grad_(False)
+        # Dropout is both branches'.
+        self._hold(name for name, _ in self.named_children() if name not in {*SPEAKER_PARTS, "dropout"})
 
     def hold_speakers(self) -> None:
-        """Take the speaker branch out of training, statistics of its norms included. Only one that parts at the
-        features then stays what it is."""
-        for name, part in self.named_children():
-            if name in SPEAKER_PARTS:
-                part.eval().requires_grad_(False)
+        """Take a speaker branch that parts at the features out of training, statistics of its norms included: it stays
+        what it is."""
+        self._hold(SPEAKER_PARTS)
+
+    def _hold(self, parts: Iterable[str]) -> None:
+        for name in parts:
+            self.get_submodule(name).eval().requires_grad_(False)
 
     def forward(
         self,
