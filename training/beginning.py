@@ -24,7 +24,7 @@ from model_store import Bundle
 from training.batches import Batch
 from training.errors import RunError
 from training.recipe import Recipe
-from training.students.edge import Edge
+from training.students.edge import SPEAKER_PARTS, Edge
 
 Floats = npt.NDArray[np.float32]
 MANIFEST = "manifest.csv"
@@ -49,8 +49,9 @@ def begin_with(student: Edge, weights: Path) -> None:
 
 
 def begin_with_bundle(student: Edge, bundle: Bundle, labels: list[str]) -> None:
-    """Take over all weights of `bundle`, whose shape and keywords have to be the student's. Afterwards `student.eval()`
-    gives what the bundle gives; before it trains, `meet` has to be called. Raises RunError."""
+    """Take over all weights of `bundle`, whose shape and keywords have to be the student's; beside a trunk, those of
+    the speaker branch alone. Afterwards `student.eval()` gives what the bundle gives; before it trains, `meet` has to
+    be called. Raises RunError."""
     manifest, reference = bundle.manifest, reference_of(bundle)
     own = [keyword.label for keyword in manifest.keywords.labels]
     if own != labels:
@@ -58,6 +59,8 @@ def begin_with_bundle(student: Edge, bundle: Bundle, labels: list[str]) -> None:
     graph = onnx.load_from_string(bundle.read(manifest.graph.file)).graph
     tensors, nodes = _tensors(graph), _nodes_of_modules(graph)
     for name, layer in student.named_modules():
+        if student.shape.trunk is not None and name.split(".")[0] not in SPEAKER_PARTS:
+            continue
         given = [tensors.get(each) for each in nodes[name].input[1:]] if name in nodes else []
         if isinstance(layer, nn.Conv2d):
             weight, bias = (*given, None, None)[:2]

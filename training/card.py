@@ -88,7 +88,8 @@ def rebuild(name: str, recipe: dict[str, Any], graph: GraphInfo) -> list[str]:
         stages.append(before)
     # Those that are bundles are in the repository.
     hints = any(stage["hints"].get("network") in (None, *NETWORKS) for stage in stages if stage.get("hints"))
-    needed = {"teachers": hints, "peers": any(stage.get("voices") for stage in stages)}
+    trunk = recipe.get("shape", {}).get("trunk") is not None
+    needed = {"teachers": hints or trunk, "peers": any(stage.get("voices") for stage in stages)}
     teachers = [target for target, wanted in needed.items() if wanted]
     rounded = [f".venv-dev/bin/sotto compact runs/{own}/bundle"] if graph.weights == "int8" else []
     if graph.arithmetic == "int8":

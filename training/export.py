@@ -100,7 +100,9 @@ def export(
         "golden.npz": pack(golden_clip, {key: value[0] for key, value in given.items()}),
         "MODEL_CARD.md": f"# {name}\n\nUncalibrated draft.\n".encode(),
     }
-    stream, streaming = None, StreamingEdge(network).eval() if isinstance(network, Edge) else None
+    stream, streaming = None, None
+    if isinstance(network, Edge) and network.shape.trunk is None:
+        streaming = StreamingEdge(network).eval()
     if streaming is not None and streaming.delay * finished.frame_hop_s <= LONGEST_DELAY_S:
         stream = StreamInfo(file=STREAM, delay_frames=streaming.delay, state_size=streaming.state_size)
         files[STREAM] = traced_stream(streaming)
@@ -115,7 +117,9 @@ def export(
 
 def graph_of(network: nn.Module) -> bytes:
     """What a finished run's network (`open_run`) is served as."""
-    return to_onnx(network) if isinstance(network, Edge) else in_two_dimensions(traced(network))
+    if isinstance(network, Edge) and network.shape.trunk is None:
+        return to_onnx(network)
+    return in_two_dimensions(traced(network))
 
 
 def to_onnx(student: Edge) -> bytes:

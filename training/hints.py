@@ -26,6 +26,7 @@ from training.audio_cache import AudioCache, Waveform
 from training.errors import TeacherError
 from training.files import cache_key
 from training.objectives.soft_targets import teaching_bundle
+from training.whisper import FOLDER as WHISPER_FOLDER
 from training.whisper import WhisperEncoder
 
 NETWORKS = ("speech-embedding", "whisper-base")
@@ -42,7 +43,7 @@ GRAPHS = ("melspectrogram.onnx", "embedding_model.onnx")
 # Where `make teachers` puts their files.
 FOLDERS = {
     "speech-embedding": Path(".teachers/openwakeword/resources/models"),
-    "whisper-base": Path(".teachers"),
+    "whisper-base": WHISPER_FOLDER,
 }
 
 

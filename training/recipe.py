@@ -121,6 +121,17 @@ class HintsRecipe(_Strict):
     weight: Positive = 1.0
 
 
+class TrunkRecipe(_Strict):
+    """How a student's trunk, Whisper's encoder, learns (`shape.trunk`)."""
+
+    # Of its layers the last so many; the others stay as published.
+    learning: CountOrZero = 2
+    # What part of the learning rate they learn at.
+    rate: Positive = 0.1
+    # The folder with the published weights, by default where `make teachers` puts them; where it lies does not count.
+    weights: Path | None = None
+
+
 class VoicesRecipe(_Strict):
     """Resemblyzer, and perhaps a bundle, as teachers of the speaker embedding (see `training/voices.py`)."""
 
@@ -168,6 +179,7 @@ class Recipe(_Strict):
     only: Literal["speakers", "keywords"] | None = None
     # For the order of clips and what befalls them; the people set aside are the seed's. Default: the seed.
     draws: int | None = None
+    trunk: TrunkRecipe = TrunkRecipe()
     hints: HintsRecipe | None = None
     voices: VoicesRecipe | None = None
     soft_targets: SoftTargetsRecipe | None = None
@@ -191,6 +203,8 @@ class Recipe(_Strict):
                 raise ValueError("before_share is a share of what comes first, which has another shape")
         if first is None and self.begin is None and self.before_share:
             raise ValueError("before_share is a share of what comes first, and nothing does")
+        if self.shape.trunk is not None:
+            self._with_trunk(self.shape.trunk.layers)
         if self.voices is not None and not self.shape.tells_speakers:
             raise ValueError("voices teach a speaker branch, and speaker_dim is 0")
         if self.only == "keywords":
@@ -212,6 +226,18 @@ class Recipe(_Strict):
         if self.voices is not None:
             raise ValueError("voices teach speakers, and only keywords learn")
 
+    def _with_trunk(self, layers: int) -> None:
+        if self.trunk.learning > layers:
+            raise ValueError(f"{self.trunk.learning} layers of the trunk cannot learn, it has {layers}")
+        if self.init is not None or self.after is not None or self.before_share:
+            raise ValueError(
+                "a student with a trunk begins with Whisper's weights, and perhaps a bundle's speaker branch"
+            )
+        if self.begin is not None and self.only != "keywords":
+            raise ValueError(
+                "what a student with a trunk takes from a bundle is a speaker branch, which stays (only: keywords)"
+            )
+
     @property
     def draws_seed(self) -> int:
         return self.seed if self.draws is None else self.draws
@@ -224,7 +250,8 @@ class Recipe(_Strict):
     def decided(self) -> dict[str, Any]:
         """Everything but where the data and teachers lie."""
         own = self.model_dump(
-            mode="json", exclude={"data": {"root"}, "hints": {"teacher"}, "voices": {"python"}, "after": True}
+            mode="json",
+            exclude={"data": {"root"}, "hints": {"teacher"}, "voices": {"python"}, "trunk": {"weights"}, "after": True},
         )
         return {**own, "after": self.after and self.after.decided()}
 

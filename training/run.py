@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import platform
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +33,7 @@ from training.objectives.speaker import AamSoftmax
 from training.objectives.spotting import clip_loss, event_log_odds, frame_loss
 from training.precision import processor_has_bf16
 from training.progress import training_progress
+from training.rates import learning_rate, optimizer_of
 from training.recipe import HintsRecipe, Recipe, VoicesRecipe
 from training.revision import git_revision
 from training.rooms import with_rooms
@@ -42,6 +41,7 @@ from training.spectral import SpectralAugment
 from training.students.edge import FRAME_HOP, Edge
 from training.synthesis import synthesize
 from training.voices import VoiceHead, Voices, speaking_bundle
+from training.whisper import FOLDER, begin_trunk, encoder_weights
 
 FRAME_HOP_S = FRAME_HOP / SAMPLE_RATE_HZ
 MONITOR_EVERY_CHECKPOINTS = 2
@@ -128,6 +128,7 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int |
     student = Edge(1 + len(prepared.labels), recipe.shape)
     if recipe.init is not None:
         begin_with(student, recipe.init)
+    trunk = None if recipe.shape.trunk is None else begin_trunk(student.trunk, recipe.trunk.weights)
     begun: dict[str, torch.Tensor] = {}
     if recipe.begin is not None:
         begin_with_bundle(student, teaching_bundle(recipe.begin), prepared.labels)
@@ -138,9 +139,9 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int |
     heads = TrainingHeads(recipe, max(1, source.speaker_classes), voices, hints)
     if recipe.after is not None:
         go_on_from(folder / "before", student, heads)
-    optimizer = _optimizer(recipe, [student, heads])
+    optimizer = optimizer_of(recipe, student, heads)
     average = {name: value.detach().clone() for name, value in student.state_dict().items()}
-    _write_run_file(recipe, folder, prepared, source, student, hints)
+    _write_run_file(recipe, folder, prepared, source, student, hints, trunk)
     done = restore(folder, student, heads, optimizer, average)
     last = min(recipe.schedule.steps, stop_after or recipe.schedule.steps)
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done)
@@ -202,6 +203,8 @@ def check_teachers(recipe: Recipe) -> None:
             speaking_bundle(recipe.voices.bundle)
     if recipe.soft_targets is not None:
         teaching_bundle(recipe.soft_targets.bundle)
+    if recipe.shape.trunk is not None:
+        encoder_weights(recipe.trunk.weights or FOLDER)
     if recipe.begin is not None:
         check_same_people(recipe, teaching_bundle(recipe.begin), digest_tables(recipe.data.root))
 
@@ -262,8 +265,10 @@ def _step(
     """One update of all that learns with its tasks' losses added; returns the terms."""
     torch.manual_seed(recipe.draws_seed * 1_000_003 + step)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(recipe, step)
+        group["lr"] = learning_rate(recipe, step) * group["rate"]
     student.train()
+    if student.shape.trunk is not None:
+        student.trunk.hold(recipe.trunk.learning)
     if recipe.only == "speakers":
         student.hold_keywords()
     elif recipe.only == "keywords":
@@ -309,28 +314,6 @@ def _step(
     return {name: float(value.detach()) for name, value in {"total": total, **terms}.items()}
 
 
-def learning_rate(recipe: Recipe, step: int) -> float:
-    """Linear warm-up, then half a cosine down to the final rate."""
-    schedule = recipe.schedule
-    if step < schedule.warmup_steps:
-        return schedule.peak_learning_rate * (step + 1) / schedule.warmup_steps
-    progress = (step - schedule.warmup_steps) / max(1, schedule.steps - schedule.warmup_steps)
-    span = schedule.peak_learning_rate - schedule.final_learning_rate
-    return schedule.final_learning_rate + span * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def _optimizer(recipe: Recipe, modules: Iterable[nn.Module]) -> torch.optim.AdamW:
-    """Decay acts on matrices and kernels only: shrinking a norm's scale or a bias means nothing."""
-    parameters = [parameter for module in modules for parameter in module.parameters()]
-    return torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.schedule.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ],
-        lr=recipe.schedule.peak_learning_rate,
-    )
-
-
 def _averaged(recipe: Recipe, prepared: Prepared, average: dict[str, torch.Tensor]) -> Edge:
     student = Edge(1 + len(prepared.labels), recipe.shape)
     student.load_state_dict(average)
@@ -342,7 +325,13 @@ def _in_bf16(recipe: Recipe) -> bool:
 
 
 def _write_run_file(
-    recipe: Recipe, folder: Path, prepared: Prepared, source: BatchSource, student: Edge, hints: HintCache | None
+    recipe: Recipe,
+    folder: Path,
+    prepared: Prepared,
+    source: BatchSource,
+    student: Edge,
+    hints: HintCache | None,
+    trunk: str | None,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "run.json"
@@ -367,6 +356,7 @@ def _write_run_file(
         "begin": teaching_bundle(recipe.begin).digest if recipe.begin else None,
         "before": hashlib.sha256((folder / "before/student.pt").read_bytes()).hexdigest() if recipe.after else None,
         "soft_targets": teaching_bundle(recipe.soft_targets.bundle).digest if recipe.soft_targets else None,
+        "trunk": trunk,
         "hints": None if hints is None else hints.teacher,
         "voices": teaching_bundle(recipe.voices.bundle).digest if recipe.voices and recipe.voices.bundle else None,
         "training_clips": len(prepared.training),

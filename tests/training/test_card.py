@@ -75,6 +75,7 @@ def test_a_tuned_model_is_rebuilt_by_fine_tuning() -> None:
     from_here = {**taught, "hints": {"network": "sotto-edge@7"}, "voices": None}
     assert rebuild("sotto-micro", from_here, PLAIN)[0].startswith("make train")
     assert rebuild("x", {**from_here, "hints": {"network": "whisper-base"}}, PLAIN)[0] == "make teachers"
+    assert rebuild("x", {**from_here, "shape": {"trunk": {"layers": 6}}}, PLAIN)[0] == "make teachers"
     assert not any("compact" in line for line in rebuild("sotto-edge", taught, PLAIN))
     small = rebuild("sotto-edge", taught, PLAIN.model_copy(update={"weights": "int8"}))
     assert small[3] == ".venv-dev/bin/sotto compact runs/edge-again/bundle"

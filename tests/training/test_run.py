@@ -22,8 +22,9 @@ from tests.conftest import REPOSITORY
 from tests.training.conftest import TinyRun, train_tiny
 from tests.training.made_data import tiny_recipe
 from training.errors import RunError, TeacherError
+from training.rates import learning_rate
 from training.recipe import Recipe
-from training.run import TrainingHeads, go_on_from, learning_rate, load_student, prepare, train
+from training.run import TrainingHeads, go_on_from, load_student, prepare, train
 from training.students.edge import Edge
 
 # Trains as `train` does, and kills itself with SIGKILL at the place named by the fourth argument.

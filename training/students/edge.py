@@ -9,6 +9,8 @@ there, and halve the time of depthwise layers.
 With `speaker_dim: 0` the speaker branch is left out: keywords only. `speaker_from` says where it parts: what
 the shared blocks keep, which learn words, is little of a voice.
 
+With a `trunk` the keyword blocks follow Whisper's encoder (`whisper.py`) instead of all that lies before them here.
+
 Nothing is normalised over time, and what lies past a clip's end is set to zero after every layer, just
 as a convolution pads. So a clip gives the same outputs alone and padded within a batch.
 """
@@ -25,6 +27,7 @@ from torch.nn import functional
 
 from training.bounds import Count, CountOrZero, Probability
 from training.students.frontend import HOP, LogMel
+from training.students.whisper import TrunkShape, WhisperTrunk
 
 STEM_STRIDE = 2
 FRAME_STRIDE = 4
@@ -60,8 +63,12 @@ class EdgeShape:
     # blocks of its own.
     speaker_from: Parting = "shared"
     dropout: Probability = 0.1
+    # Whisper's encoder below the keyword blocks. The speaker branch keeps layers of its own: it parts at the features.
+    trunk: TrunkShape | None = None
 
     def __post_init__(self) -> None:
+        if self.trunk is not None and self.tells_speakers and self.speaker_from != "features":
+            raise ValueError("beside a trunk the speaker branch has to part at the features (speaker_from)")
         if self.ahead is not None and not 0 <= self.ahead < self.kernel:
             raise ValueError(f"ahead is {self.ahead}; it must be at least 0 and less than the kernel's {self.kernel}")
 
@@ -182,11 +189,15 @@ class Edge(nn.Module):
         shape = shape or EdgeShape()
         self.shape = shape
         self.features = LogMel(shape.mels)
-        self.stem = Stem(shape.mels, shape.stem_channels, shape.early_width)
-        self.early = _blocks(shape.early_blocks, shape.early_width, shape.early_kernel)
-        self.down = Widen(shape.early_width, shape.shared_width, stride=2)
-        self.shared = _blocks(shape.shared_blocks, shape.shared_width, shape.kernel, shape.ahead)
-        self.to_keyword = Widen(shape.shared_width, shape.task_width)
+        if shape.trunk is not None:
+            self.trunk = WhisperTrunk(shape.trunk)
+            self.to_keyword = Widen(shape.trunk.width, shape.task_width)
+        else:
+            self.stem = Stem(shape.mels, shape.stem_channels, shape.early_width)
+            self.early = _blocks(shape.early_blocks, shape.early_width, shape.early_kernel)
+            self.down = Widen(shape.early_width, shape.shared_width, stride=2)
+            self.shared = _blocks(shape.shared_blocks, shape.shared_width, shape.kernel, shape.ahead)
+            self.to_keyword = Widen(shape.shared_width, shape.task_width)
         self.keyword = _blocks(shape.keyword_blocks, shape.task_width, shape.kernel, shape.ahead)
         # In this order, which decides what a seed begins with.
         if shape.tells_speakers:
@@ -240,29 +251,34 @@ class Edge(nn.Module):
         """
         samples = torch.arange(waveform.shape[1], device=waveform.device)
         heard = (samples[None, :] < lengths[:, None]).to(waveform.dtype)
-        with torch.autocast(waveform.device.type, enabled=False):
-            features = self.features((waveform * heard).float())
-        if augment is not None:
-            features = augment(features)
         # A frame is within the clip where its centre is, so coarser masks are every other element.
         fine_mask = heard[:, ::HOP]
         stem_mask = fine_mask[:, ::STEM_STRIDE]
         flat_mask = heard[:, ::FRAME_HOP]
-        features = features * fine_mask[:, None, :]
         early_mask = stem_mask[:, None, None, :]
-        x = self.stem(features, early_mask)
-        for block in self.early:
-            x = block(x, early_mask)
-        early = x
         mask = flat_mask[:, None, None, :]
-        x = self.down(x, mask)
-        for block in self.shared:
-            x = block(x, mask)
+        speakers = self.shape.tells_speakers and speakers
+        if self.shape.trunk is None or speakers:
+            with torch.autocast(waveform.device.type, enabled=False):
+                features = self.features((waveform * heard).float())
+            if augment is not None:
+                features = augment(features)
+            features = features * fine_mask[:, None, :]
+        if self.shape.trunk is not None:
+            x = self.trunk(waveform * heard, lengths, augment)
+        else:
+            x = self.stem(features, early_mask)
+            for block in self.early:
+                x = block(x, early_mask)
+            early = x
+            x = self.down(x, mask)
+            for block in self.shared:
+                x = block(x, mask)
         spoken = self.to_keyword(x, mask)
         for block in self.keyword:
             spoken = block(spoken, mask)
         logits = self.keyword_head(self.dropout(spoken))[:, :, 0].transpose(1, 2)
-        if self.shape.tells_speakers and speakers:
+        if speakers:
             if self.shape.speaker_from == "features":
                 own = self.speaker_stem(features, early_mask)
                 for block in self.speaker_early:
