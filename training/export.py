@@ -31,7 +31,7 @@ from model_store import (
 )
 from model_store.files import describe
 from model_store.golden import pack
-from model_store.graph import OUTPUTS, SPEAKER
+from model_store.graph import OUTPUTS, SPEAKER, part_of
 from model_store.inference import Session, open_session
 from model_store.store import MANIFEST
 from model_store.streaming import StreamingGraph
@@ -108,7 +108,9 @@ def export(
         files[STREAM] = traced_stream(streaming)
         check_stream_equals_clip(StreamingGraph(open_session(files[STREAM], threads=1), stream, hop=FRAME_HOP), session)
     if finished.speaker_dim:
-        cohort = speaker_cohort(session, [clip for clip in trained_on if clip.speaker], cohort_clips)
+        # Of a large network speakers are often a small part.
+        voices = open_session(part_of(graph, [SPEAKER]), threads=1)
+        cohort = speaker_cohort(voices, [clip for clip in trained_on if clip.speaker], cohort_clips)
         files[COHORT] = cohort.astype("<f4").tobytes()
     manifest = _manifest(name, finished, trained_on, files, stream)
     write_draft(out, manifest, files)

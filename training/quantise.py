@@ -75,8 +75,8 @@ def compare_forms(run: Path, *, data_root: Path | None) -> list[str]:
     """The table of `profile_table` for a finished run's clip graph: as torch writes it, in the layout that ships, and
     in eight bits. Raises RunError, ExportError, ManifestError."""
     finished = open_run(run)
-    if not isinstance(finished.network, Edge):
-        raise ExportError(f"{run} is no run of `sotto train`; other networks have one form only")
+    if not isinstance(finished.network, Edge) or finished.network.shape.trunk is not None:
+        raise ExportError(f"{run} is no run of `sotto train` without a trunk; other networks have one form only")
     blocked = to_onnx(finished.network)
     rounded = computed_in_eight_bits(blocked, _recordings(finished.lineage.recipe, data_root))
     return profile_table(

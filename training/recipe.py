@@ -205,6 +205,8 @@ class Recipe(_Strict):
             raise ValueError("before_share is a share of what comes first, and nothing does")
         if self.shape.trunk is not None:
             self._with_trunk(self.shape.trunk.layers)
+        elif self.trunk != TrunkRecipe():
+            raise ValueError("trunk says how a trunk learns, and the shape has none (shape.trunk)")
         if self.voices is not None and not self.shape.tells_speakers:
             raise ValueError("voices teach a speaker branch, and speaker_dim is 0")
         if self.only == "keywords":

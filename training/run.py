@@ -265,7 +265,7 @@ def _step(
     """One update of all that learns with its tasks' losses added; returns the terms."""
     torch.manual_seed(recipe.draws_seed * 1_000_003 + step)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(recipe, step) * group["rate"]
+        group["lr"] = learning_rate(recipe, step) * group.get("rate", 1.0)
     student.train()
     if student.shape.trunk is not None:
         student.trunk.hold(recipe.trunk.learning)
