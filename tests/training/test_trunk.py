@@ -114,9 +114,7 @@ def parted_shape() -> dict[str, object]:
 
 
 def recipe_of(shape: dict[str, object], **more: object) -> dict[str, object]:
-    return {
-        "name": "x", "data": {"root": "data"}, "schedule": {"steps": 10, "batch_size": 4}, "shape": shape, **more
-    }  # fmt: skip
+    return {"name": "x", "data": {"root": "data"}, "schedule": {"steps": 10, "batch_size": 4}, "shape": shape} | more
 
 
 @pytest.mark.parametrize("row", range(len(LENGTHS)))
