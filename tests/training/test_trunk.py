@@ -113,8 +113,8 @@ def parted_shape() -> dict[str, object]:
     return {"mels": 32, "task_width": 32, "keyword_blocks": 1, "speaker_from": "features", "trunk": trunk}
 
 
-def recipe_of(shape: dict[str, object], **more: object) -> dict[str, object]:
-    return {"name": "x", "data": {"root": "data"}, "schedule": {"steps": 10, "batch_size": 4}, "shape": shape} | more
+def recipe_of(shape: dict[str, object]) -> dict[str, object]:
+    return {"name": "x", "data": {"root": "data"}, "schedule": {"steps": 10, "batch_size": 4}, "shape": shape}
 
 
 @pytest.mark.parametrize("row", range(len(LENGTHS)))
@@ -229,7 +229,7 @@ def test_what_does_not_go_with_a_trunk_is_refused(
     changes: dict[str, object], message: str, parted_shape: dict[str, object]
 ) -> None:
     with pytest.raises(ValidationError, match=message):
-        Recipe.model_validate(recipe_of(parted_shape, **changes))
+        Recipe.model_validate(recipe_of(parted_shape) | changes)
 
 
 def test_beside_a_trunk_speakers_have_layers_of_their_own(parted_shape: dict[str, object]) -> None:
