@@ -41,7 +41,7 @@ from training.errors import ExportError
 from training.finished import Finished, open_run, origin
 from training.layout import in_two_dimensions, keep_blocked
 from training.manifest import Clip, labels_of
-from training.students.edge import FRAME_HOP, FRAME_STRIDE, STEM_STRIDE, Edge
+from training.students.edge import FRAME_HOP, FRAME_STRIDE, STEM_STRIDE, Edge, is_convolutional
 from training.students.frontend import HOP
 from training.students.streaming import StreamingEdge
 from training.teachers import SelfSupervised
@@ -101,7 +101,7 @@ def export(
         "MODEL_CARD.md": f"# {name}\n\nUncalibrated draft.\n".encode(),
     }
     stream, streaming = None, None
-    if isinstance(network, Edge) and network.shape.trunk is None:
+    if is_convolutional(network):
         streaming = StreamingEdge(network).eval()
     if streaming is not None and streaming.delay * finished.frame_hop_s <= LONGEST_DELAY_S:
         stream = StreamInfo(file=STREAM, delay_frames=streaming.delay, state_size=streaming.state_size)
@@ -119,9 +119,7 @@ def export(
 
 def graph_of(network: nn.Module) -> bytes:
     """What a finished run's network (`open_run`) is served as."""
-    if isinstance(network, Edge) and network.shape.trunk is None:
-        return to_onnx(network)
-    return in_two_dimensions(traced(network))
+    return to_onnx(network) if is_convolutional(network) else in_two_dimensions(traced(network))
 
 
 def to_onnx(student: Edge) -> bytes:

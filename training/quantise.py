@@ -44,7 +44,7 @@ from training.evaluation.profile import profile_table
 from training.export import to_onnx, traced
 from training.finished import open_run, origin
 from training.layout import narrow_masks
-from training.students.edge import Edge
+from training.students.edge import is_convolutional
 
 CLIPS = 200
 LONGEST_S = 3.0
@@ -75,7 +75,7 @@ def compare_forms(run: Path, *, data_root: Path | None) -> list[str]:
     """The table of `profile_table` for a finished run's clip graph: as torch writes it, in the layout that ships, and
     in eight bits. Raises RunError, ExportError, ManifestError."""
     finished = open_run(run)
-    if not isinstance(finished.network, Edge) or finished.network.shape.trunk is not None:
+    if not is_convolutional(finished.network):
         raise ExportError(f"{run} is no run of `sotto train` without a trunk; other networks have one form only")
     blocked = to_onnx(finished.network)
     rounded = computed_in_eight_bits(blocked, _recordings(finished.lineage.recipe, data_root))

@@ -66,7 +66,7 @@ class WhisperEncoder:
         padded = torch.zeros(1, -(-(len(waveform) + 2 * MARGIN) // ROUND) * ROUND)
         padded[0, MARGIN : MARGIN + len(waveform)] = torch.from_numpy(waveform)
         heard = torch.ones(1, padded.shape[1] // MEL_HOP, dtype=torch.bool)
-        found = self._trunk.encode(self._trunk.features(padded, heard), heard)[0, MARGIN // HOP :][:frames]
+        found = self._trunk.encode(self._trunk.features(padded), heard)[0, MARGIN // HOP :][:frames]
         # Frame j is centred on sample j * HOP. What is past the end is as the end is.
         centres = (torch.arange(vectors) * STRIDE / HOP).clamp(max=len(found) - 1)
         near = ((torch.arange(len(found)) - centres[:, None]).abs() <= STRIDE / HOP / 2).float()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import WhisperFeatureExtractor
 
 from model_store import LocalStore
@@ -25,7 +25,7 @@ from training.export import export
 from training.objectives import soft_targets
 from training.recipe import Recipe
 from training.run import load_student, train
-from training.students.edge import SPEAKER_PARTS, Edge
+from training.students.edge import FRAME_HOP, SPEAKER_PARTS, Edge
 from training.students.whisper import BLOCK, HOP, MEL_HOP, NEAR, STRIDE, Features, TrunkShape, WhisperTrunk
 from training.whisper import begin_trunk
 
@@ -48,7 +48,7 @@ def trunk(weights: Path) -> WhisperTrunk:
 def encoded(trunk: WhisperTrunk, waveform: Tensor) -> Tensor:
     """[N] -> [N / HOP, width]."""
     heard = torch.ones(1, len(waveform) // MEL_HOP, dtype=torch.bool)
-    return trunk.encode(trunk.features(waveform[None], heard), heard)[0]
+    return trunk.encode(trunk.features(waveform[None]), heard)[0]
 
 
 def test_features_are_those_of_the_published_extractor() -> None:
@@ -56,15 +56,14 @@ def test_features_are_those_of_the_published_extractor() -> None:
     # The extractor mirrors the samples at the ends, where here is silence.
     waveform[:400], waveform[-400:] = 0.0, 0.0
     wanted = WhisperFeatureExtractor(chunk_length=1)(waveform.numpy(), sampling_rate=16_000)["input_features"][0]
-    found = Features()(waveform[None], torch.ones(1, FRAMES * 2, dtype=torch.bool))[0]
+    found = Features()(waveform[None])[0]
     assert np.allclose(found.numpy(), wanted, atol=1e-4)
 
 
 def test_frames_are_those_of_the_published_encoder(trunk: WhisperTrunk) -> None:
     (waveform,) = noise(FRAMES * HOP)
-    heard = torch.ones(1, FRAMES * 2, dtype=torch.bool)
     with torch.no_grad():
-        wanted = small_encoder()(trunk.features(waveform[None], heard)).last_hidden_state[0]
+        wanted = small_encoder()(trunk.features(waveform[None])).last_hidden_state[0]
     torch.testing.assert_close(encoded(trunk, waveform), wanted, rtol=0, atol=1e-4)
 
 
@@ -91,6 +90,7 @@ def test_vectors_are_means_of_the_frames_around(trunk: WhisperTrunk) -> None:
     (waveform,) = noise(16_000)
     with torch.no_grad():
         vectors = trunk(waveform[None], torch.tensor([16_000]))[0, :, 0].T
+    assert STRIDE == FRAME_HOP
     assert vectors.shape == (20, WIDTH)
     frames = encoded(trunk, torch.nn.functional.pad(waveform, (2 * STRIDE, 2 * STRIDE)))
     # Sample 0 is frame 5 with the margin's 100 ms before it; 50 ms lie between frames 7 and 8.
@@ -188,8 +188,8 @@ def test_the_trunk_learns_at_its_own_rate(tried: TinyRun, tmp_path: Path, monkey
     optimizers: list[torch.optim.AdamW] = []
     made = run_module.optimizer_of
 
-    def noted(*arguments: object) -> torch.optim.AdamW:
-        optimizers.append(made(*arguments))  # type: ignore[arg-type]
+    def noted(recipe: Recipe, student: Edge, heads: nn.Module) -> torch.optim.AdamW:
+        optimizers.append(made(recipe, student, heads))
         return optimizers[0]
 
     monkeypatch.setattr(run_module, "optimizer_of", noted)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeGuard, get_args
 
 import torch
 from torch import Tensor, nn
@@ -303,6 +303,11 @@ class Edge(nn.Module):
             frames=frames.float(),
             mask=flat_mask > 0,
         )
+
+
+def is_convolutional(network: nn.Module) -> TypeGuard[Edge]:
+    """Whether it is an `Edge` without a trunk, which alone streams and keeps ONNX Runtime's blocked layout."""
+    return isinstance(network, Edge) and network.shape.trunk is None
 
 
 def _blocks(count: int, width: int, kernel: int, ahead: int | None = None) -> nn.ModuleList:

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.audio_utils import mel_filter_bank
 
+from training.audio_cache import SAMPLE_RATE_HZ
 from training.bounds import Count
 from training.students.frontend import CENTRE, SPREAD
 
-SAMPLE_RATE_HZ = 16_000
 MELS, WINDOW, MEL_HOP = 80, 400, 160
 HOP = 2 * MEL_HOP  # samples from one frame of the encoder to the next
 STRIDE = 800  # samples from one of the trunk's frames to the next
@@ -56,7 +56,7 @@ class TrunkShape:
 
 
 class Features(nn.Module):
-    """[B, N] in [-1, 1], N a multiple of MEL_HOP, and which frames are heard [B, T] -> [B, 80, T]; T is N / MEL_HOP."""
+    """[B, N] in [-1, 1], N a multiple of MEL_HOP, zero where nothing is to be heard -> [B, 80, N / MEL_HOP]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,15 +71,14 @@ class Features(nn.Module):
         self.register_buffer("transform", both.float(), persistent=False)
         self.register_buffer("mel", torch.from_numpy(mel).float(), persistent=False)
 
-    def forward(self, waveform: Tensor, heard: Tensor) -> Tensor:
+    def forward(self, waveform: Tensor) -> Tensor:
         half = MEL_HOP // 2  # a window is five of these, and the next one begins two later
         parts = functional.pad(waveform, (WINDOW // 2, WINDOW // 2)).reshape(waveform.shape[0], -1, half)
         count = waveform.shape[1] // MEL_HOP
         windows = torch.cat([parts[:, first : first + 2 * count : 2] for first in range(WINDOW // half)], dim=2)
         real, imaginary = torch.matmul(windows, self.transform).chunk(2, dim=2)
         power = torch.matmul(real * real + imaginary * imaginary, self.mel).clamp(min=FLOOR).log10()
-        loudest = power.masked_fill(~heard[:, :, None], math.log10(FLOOR)).amax(dim=(1, 2), keepdim=True)
-        power = torch.maximum(power, loudest - DECADES)
+        power = torch.maximum(power, power.amax(dim=(1, 2), keepdim=True) - DECADES)
         return ((power + 4.0) / 4.0).transpose(1, 2)
 
 
@@ -184,21 +183,20 @@ class WhisperTrunk(nn.Module):
     def forward(self, waveform: Tensor, lengths: Tensor, augment: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         # Without negative numbers, whose quotients ONNX rounds up.
         frames = (waveform.shape[1] + STRIDE - 1) // STRIDE
-        # All that the last frames are made of.
-        whole = (frames + 1) // 2 * 2 * STRIDE
-        padded = functional.pad(waveform, (MARGIN, MARGIN + whole - waveform.shape[1]))
+        pairs = (frames + 1) // 2
+        padded = functional.pad(waveform, (MARGIN, MARGIN + pairs * 2 * STRIDE - waveform.shape[1]))
         mask = (
             torch.arange(padded.shape[1] // MEL_HOP, device=waveform.device) * MEL_HOP < lengths[:, None] + 2 * MARGIN
         )
         with torch.autocast(waveform.device.type, enabled=False):
-            features = self.features(padded.float(), mask)
+            features = self.features(padded.float())
         if augment is not None:
             features = augmented(features, augment)
         coarse = mask[:, ::2]
         x = self.encode(features, mask) * coarse[:, :, None]
         # From 20 ms before the clip on.
         first = MARGIN // HOP - 1
-        groups = x[:, first : first + frames_of_groups(frames)].reshape(x.shape[0], -1, GROUP, self.shape.width)
+        groups = x[:, first : first + pairs * GROUP].reshape(x.shape[0], -1, GROUP, self.shape.width)
         near = torch.matmul(self.near.to(x.dtype), groups)
         return near.reshape(x.shape[0], -1, self.shape.width)[:, :frames].transpose(1, 2)[:, :, None]
 
@@ -217,8 +215,3 @@ class WhisperTrunk(nn.Module):
             x = layer(x, coarse)
         out: Tensor = self.norm(x)
         return out
-
-
-def frames_of_groups(frames: int) -> int:
-    """How many of the encoder's make up so many of the trunk's."""
-    return (frames + 1) // 2 * GROUP
