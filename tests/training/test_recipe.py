@@ -223,6 +223,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "edge-nearer": Recipe,
     "edge-apart": Recipe,
     "edge-whisper": Recipe,
+    "edge-based": Recipe,
     "base": Recipe,
     "micro": Recipe,
     "teacher": PretrainRecipe,
