@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from training.cuts import AudioRecipe, Batches
@@ -51,6 +51,14 @@ class DistilRecipe(AudioRecipe):
     # Up to so much of the teacher's target layers is kept on disk, in the cache folder; 0 keeps nothing.
     feature_cache_gb: float = Field(default=0.0, ge=0)
     schedule: Schedule
+
+    @model_validator(mode="after")
+    def _has_no_trunk(self) -> DistilRecipe:
+        if self.edge.trunk is not None:
+            raise ValueError(
+                "edge.trunk is Whisper's own encoder, which begins with its weights and needs no distillation"
+            )
+        return self
 
 
 # What a finished student leaves, and of a model the file that is written last.

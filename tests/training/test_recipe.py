@@ -287,3 +287,9 @@ def test_what_ships_was_made_by_a_recipe_that_is_here(name: str) -> None:
     assert recipe.says_the_same(lineage.recipe)
     card = STORE.resolve(name).read("MODEL_CARD.md").decode()
     assert f"make train RECIPE=training/recipes/{recipe.name}.yaml" in card
+
+
+def test_whisper_s_own_encoder_is_not_distilled_into() -> None:
+    content = yaml.safe_load((REPOSITORY / "training/recipes/distil.yaml").read_text(encoding="utf-8"))
+    with pytest.raises(ValidationError, match="needs no distillation"):
+        DistilRecipe.model_validate({**content, "edge": {"speaker_from": "features", "trunk": {"layers": 2}}})
