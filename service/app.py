@@ -31,7 +31,7 @@ from service.journal import CODE, Journal
 from service.middleware import RequestFrame
 from service.openapi import complete
 from service.protocol import REQUEST_ID, own_request_id
-from service.routes import analyze, console, embeddings, identify, keywords, models, ops, speakers, stream
+from service.routes import analyze, console, docs, embeddings, identify, keywords, models, ops, speakers, stream
 from service.routes.common import refuse_unknown_query, runtime_of
 from service.routes.direct import DirectRoutes
 from service.runtime import Runtime
@@ -79,13 +79,16 @@ def create_app(settings: Settings) -> FastAPI:
         version=version("sotto"),
         lifespan=lifespan,
         redirect_slashes=False,
+        # `routes/docs.py` has them without a CDN.
+        docs_url=None,
+        redoc_url=None,
         # What generated clients call their functions.
         generate_unique_id_function=lambda route: route.name,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
         dependencies=[Depends(refuse_unknown_query)],
     )
     app.state.runtime = runtime
-    modules = (keywords, stream, identify, speakers, embeddings, analyze, models, ops, console)
+    modules = (keywords, stream, identify, speakers, embeddings, analyze, models, ops, console, docs)
     routers = [module.router for module in modules]
     for router in routers:
         app.include_router(router)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -92,8 +93,19 @@ def test_the_document_is_the_one_that_is_served(service: RunningService, documen
     assert service.get("/openapi.json").json() == document
 
 
-def test_the_documentation_page_opens(service: RunningService) -> None:
-    assert service.get("/docs").status_code == 200
+@pytest.mark.parametrize("path", ["/docs", "/redoc"])
+def test_the_documentation_pages_need_nothing_from_elsewhere(service: RunningService, path: str) -> None:
+    page = service.get(path)
+    assert page.status_code == 200
+    assert "http" not in page.headers["content-security-policy"]
+    used = re.findall(r"""(?:src|href|spec-url|url)(?:=|: )["']([^"']+)""", page.text)
+    assert {"openapi.json", "docs/favicon.png"} < set(used)
+    assert [service.get(f"/{each}").status_code for each in used] == [200] * len(used)
+
+
+def test_the_documentation_page_has_no_other_parts(service: RunningService) -> None:
+    answer = service.get("/docs/core.py")
+    assert (answer.status_code, answer.json()["code"]) == (404, "not_found")
 
 
 def test_every_route_has_words(operation: dict[str, Any]) -> None:
