@@ -221,9 +221,11 @@ class Recipe(_Strict):
         return self
 
     def _keywords_alone(self) -> None:
-        if self.begin is None or not self.shape.tells_speakers or self.shape.speaker_from != "features":
+        first = self.begin is not None or self.after is not None
+        if not first or not self.shape.tells_speakers or self.shape.speaker_from != "features":
             raise ValueError(
-                "only keywords can learn where a bundle has a speaker branch (begin) that parts at the features"
+                "only keywords can learn where something comes first (begin, after) whose speaker branch parts at the "
+                "features"
             )
         if self.voices is not None:
             raise ValueError("voices teach speakers, and only keywords learn")

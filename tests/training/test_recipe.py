@@ -224,6 +224,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "edge-apart": Recipe,
     "edge-whisper": Recipe,
     "edge-based": Recipe,
+    "edge-nearer-base": Recipe,
     "base": Recipe,
     "micro": Recipe,
     "teacher": PretrainRecipe,
