@@ -110,6 +110,16 @@ def test_where_only_keywords_learn_speakers_stay_bit_for_bit(published: str, par
     assert not any(name.split(".")[0] in SPEAKER_PARTS for name in changed)
 
 
+def test_keywords_learn_on_after_a_recipe_of_keywords(published: str, parted: TinyRun, tmp_path: Path) -> None:
+    before = parted.recipe.model_copy(update={"begin": published, "only": "keywords"})
+    content = {**before.model_dump(mode="json"), "begin": None, "draws": 7, "after": before.model_dump(mode="json")}
+    folder = train(Recipe.model_validate(content), tmp_path / "run", parted.cache)
+    first, after = load_student(folder / "before")[0].state_dict(), load_student(folder)[0].state_dict()
+    changed = {name for name, value in after.items() if not torch.equal(value, first[name])}
+    assert {"keyword_head.weight", "stem.first.0.weight"} <= changed
+    assert not any(name.split(".")[0] in SPEAKER_PARTS for name in changed)
+
+
 def test_a_share_of_the_bundle_can_be_kept(published: str, parted: TinyRun, tmp_path: Path) -> None:
     plain = parted.recipe.model_copy(update={"begin": published, "only": "keywords"})
     first = begun(published, plain).keyword_head.weight
