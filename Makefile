@@ -18,8 +18,8 @@ format: .venv-dev/installed
 	.venv-dev/bin/ruff check --fix .
 	.venv-dev/bin/ruff format .
 
-# With the teachers that this recipe names (`make teachers peers`); edge.yaml needs none.
-RECIPE ?= training/recipes/edge-apart.yaml
+# Its teachers are bundles of the built-in store; others name some from elsewhere (`make teachers peers`).
+RECIPE ?= training/recipes/edge-nearer-base.yaml
 train: .venv-dev/installed
 	.venv-dev/bin/sotto train $(RECIPE)
 
