@@ -225,6 +225,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "edge-whisper": Recipe,
     "edge-based": Recipe,
     "edge-nearer-base": Recipe,
+    "edge-third": Recipe,
     "base": Recipe,
     "micro": Recipe,
     "teacher": PretrainRecipe,
