@@ -50,8 +50,8 @@ def begin_with(student: Edge, weights: Path) -> None:
 
 def begin_with_bundle(student: Edge, bundle: Bundle, labels: list[str]) -> None:
     """Take over all weights of `bundle`, whose shape and keywords have to be the student's; beside a trunk, those of
-    the speaker branch alone. Afterwards `student.eval()` gives what the bundle gives; before it trains, `meet` has to
-    be called. Raises RunError."""
+    the speaker branch alone, and all others are as the seed has them. Without a trunk `student.eval()` gives what the
+    bundle gives afterwards, and before it trains, `meet` has to be called. Raises RunError."""
     manifest, reference = bundle.manifest, reference_of(bundle)
     own = [keyword.label for keyword in manifest.keywords.labels]
     if own != labels:

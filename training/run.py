@@ -132,7 +132,8 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int |
     begun: dict[str, torch.Tensor] = {}
     if recipe.begin is not None:
         begin_with_bundle(student, teaching_bundle(recipe.begin), prepared.labels)
-        meet(student, (source[step] for step in range(MEETING_BATCHES)), speakers=recipe.only != "keywords")
+        if recipe.shape.trunk is None:
+            meet(student, (source[step] for step in range(MEETING_BATCHES)), speakers=recipe.only != "keywords")
         begun = {name: value.clone() for name, value in student.state_dict().items()}
     # Channels last is what the CPU's bfloat16 kernels want; it changes speed, not results' meaning.
     student = student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it

@@ -25,8 +25,9 @@ from training.export import export
 from training.objectives import soft_targets
 from training.recipe import Recipe
 from training.run import load_student, train
+from training.spectral import SpectralAugment, SpectralRecipe
 from training.students.edge import FRAME_HOP, SPEAKER_PARTS, Edge
-from training.students.whisper import BLOCK, HOP, MEL_HOP, NEAR, STRIDE, Features, TrunkShape, WhisperTrunk
+from training.students.whisper import BLOCK, HOP, MEL_HOP, NEAR, STRIDE, Features, TrunkShape, WhisperTrunk, augmented
 from training.whisper import begin_trunk
 
 SHAPE = TrunkShape(width=WIDTH, layers=LAYERS, heads=HEADS, hidden=HIDDEN)
@@ -58,6 +59,13 @@ def test_features_are_those_of_the_published_extractor() -> None:
     wanted = WhisperFeatureExtractor(chunk_length=1)(waveform.numpy(), sampling_rate=16_000)["input_features"][0]
     found = Features()(waveform[None])[0]
     assert np.allclose(found.numpy(), wanted, atol=1e-4)
+
+
+def test_a_change_that_changes_nothing_loses_nothing() -> None:
+    """Quieter than the floor of the features that such changes are made for, too."""
+    features = Features()(noise(FRAMES * HOP)[0][None] * 1e-4)
+    still = SpectralAugment(SpectralRecipe(frequency_stripes=0, time_stripes=0), 1, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(augmented(features, still), features, rtol=0, atol=1e-5)
 
 
 def test_frames_are_those_of_the_published_encoder(trunk: WhisperTrunk) -> None:
@@ -164,6 +172,16 @@ def test_the_last_layers_learn_and_the_speaker_branch_stays(tried: TinyRun, weig
     clip = noise(9000)
     speakers = (run(student, clip).speaker_embedding for student in (trained, load_student(tried.folder)[0]))
     torch.testing.assert_close(*speakers, rtol=0, atol=1e-5)
+
+
+def test_new_blocks_are_normalised_from_the_first_step_on(tried: TinyRun, tmp_path: Path) -> None:
+    schedule = tried.recipe.schedule.model_copy(update={"steps": 1})
+    recipe = tried.recipe.model_copy(update={"schedule": schedule})
+    begun, _ = load_student(train(recipe, tmp_path / "run", tried.cache))
+    norms = [layer for layer in begun.keyword.modules() if isinstance(layer, nn.BatchNorm2d)]
+    assert norms
+    for norm in norms:
+        torch.testing.assert_close(norm.weight, torch.ones_like(norm.weight), rtol=0, atol=0.05)
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(tried: TinyRun, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from transformers.audio_utils import mel_filter_bank
 from training.audio_cache import SAMPLE_RATE_HZ
 from training.bounds import Count
 from training.students.frontend import CENTRE, SPREAD
+from training.students.frontend import FLOOR as LOG_MEL_FLOOR
 
 MELS, WINDOW, MEL_HOP = 80, 400, 160
 HOP = 2 * MEL_HOP  # samples from one frame of the encoder to the next
@@ -83,9 +84,11 @@ class Features(nn.Module):
 
 
 def augmented(features: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """`change` is made for the features of `LogMel`, natural logarithms on another scale."""
-    natural = (features * 4.0 - 4.0) * math.log(10.0)
-    changed = change((natural - CENTRE) / SPREAD) * SPREAD + CENTRE
+    """`change` is made for the features of `LogMel`, natural logarithms on another scale, which it keeps above a floor
+    that is higher than this one: they are lifted to it meanwhile, so that nothing quiet is lost."""
+    lift = math.log(LOG_MEL_FLOOR / FLOOR)
+    natural = (features * 4.0 - 4.0) * math.log(10.0) + lift
+    changed = change((natural - CENTRE) / SPREAD) * SPREAD + CENTRE - lift
     return (changed / math.log(10.0) + 4.0) / 4.0
 
 
