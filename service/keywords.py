@@ -25,6 +25,10 @@ LARGEST_LOG_ODDS = 20.0
 # while the odds keep this share of their peak.
 EDGE_ODDS = 1.0
 EDGE_SHARE = 0.05
+# Between the halves of a word the odds may dip for this many frames, to this share of what keeps a detection going:
+# otherwise where a word begins hangs on one frame, and on what was said before it.
+DIP_FRAMES = 2
+DIP_SHARE = 0.25
 
 Array = npt.NDArray[np.float32]
 Thresholds = npt.NDArray[np.float64]
@@ -192,15 +196,23 @@ def _event(odds: Array, score: np.float32, frame: int, index: int, info: Keyword
     summit = begin + int(odds[begin : frame + reach + 1].argmax())
     longest = max(1, round(1.5 * info.labels[index].typical_s / info.frame_hop_s))
     floor = min(EDGE_ODDS, odds[summit] * EDGE_SHARE)
-    first = last = summit
-    while first > 0 and summit - first < longest and odds[first - 1] >= floor:
-        first -= 1
-    while last + 1 < len(odds) and last - summit < longest and odds[last + 1] >= floor:
-        last += 1
+    first = summit - _stays(odds[max(0, summit - longest) : summit + 1][::-1], floor)
+    last = summit + _stays(odds[summit : summit + longest + 1], floor)
     half_hop_s = info.frame_hop_s / 2
     start_s = max(0.0, first * info.frame_hop_s - half_hop_s)
     end_s = min(duration_s, last * info.frame_hop_s + half_hop_s)
     return Detection(info.labels[index].label, float(score), start_s, max(start_s, end_s))
+
+
+def _stays(odds: Array, floor: float) -> int:
+    """How many frames after the first the odds stay up, short dips counted where they come up again."""
+    up = 0
+    for frame, value in enumerate(odds.tolist()):
+        if value >= floor:
+            up = frame
+        elif value < floor * DIP_SHARE or frame - up > DIP_FRAMES:
+            break
+    return up
 
 
 def compatible(found: Detection, other: Detection, refractory_s: float) -> bool:

@@ -125,6 +125,19 @@ def test_times_stay_within_the_clip() -> None:
     assert (event.start_s, event.end_s) == (0.0, pytest.approx(0.48, abs=0.05))
 
 
+def test_a_short_dip_between_the_halves_of_a_word_does_not_end_it() -> None:
+    table = logits(3.0, (1, 1.0, 1.2, 2.0), (1, 1.2, 1.28, -0.7), (1, 1.28, 1.48, 5.0))
+    event = found(table)
+    assert [(item.start_s, item.end_s) for item in event] == [pytest.approx((1.0, 1.48), abs=HOP_S)]
+
+
+@pytest.mark.parametrize(("until_s", "log_odds"), [(1.32, -0.7), (1.28, -3.0)], ids=["long", "deep"])
+def test_any_other_dip_ends_it(until_s: float, log_odds: float) -> None:
+    table = logits(3.0, (1, 1.0, 1.2, 2.0), (1, 1.2, until_s, log_odds), (1, until_s, 1.6, 5.0))
+    event = found(table)
+    assert [(item.start_s, item.end_s) for item in event] == [pytest.approx((until_s, 1.6), abs=HOP_S)]
+
+
 def test_the_ranking_is_ordered_and_as_long_as_asked() -> None:
     evidence = weigh(logits(3.0, (2, 1.0, 1.5, 3.0), (1, 1.0, 1.5, 1.0)), INFO)
     ranking = rank(evidence, INFO, 2, allowed_labels(INFO, ()))

@@ -82,9 +82,6 @@ def test_a_model_by_each_of_its_names(service: RunningService, manifest: Manifes
 
 def test_a_minute_holds_what_its_parts_hold(service: RunningService) -> None:
     samples, rate_hz = soundfile.read(REPOSITORY / "examples" / "five-words.wav", dtype="float32")
-    # By whole frames, so that each part is heard as it is alone, but for what came before its first word: where a word
-    # begins can hang on a few milliseconds.
-    samples = np.pad(samples, (0, -len(samples) % (rate_hz // 10)))
     minute = np.zeros(60 * rate_hz, dtype=np.float32)
     minute[: 5 * len(samples)] = np.tile(samples, 5)
     alone = answer(service.post(DETECT, FIVE_WORDS))["detections"]
