@@ -226,6 +226,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "edge-based": Recipe,
     "edge-nearer-base": Recipe,
     "edge-third": Recipe,
+    "micro-nearer": Recipe,
     "base": Recipe,
     "micro": Recipe,
     "teacher": PretrainRecipe,
