@@ -7,6 +7,7 @@ import math
 import torch
 from torch import nn
 
+from training.muon import MuonAndAdamW, matrices_of
 from training.recipe import Recipe
 from training.students.edge import Edge
 
@@ -26,7 +27,9 @@ def optimizer_of(recipe: Recipe, student: Edge, heads: nn.Module) -> torch.optim
     scale or a bias means nothing."""
     trunk = [] if student.shape.trunk is None else list(student.trunk.parameters())
     slow = {id(parameter) for parameter in trunk}
-    others = [parameter for parameter in (*student.parameters(), *heads.parameters()) if id(parameter) not in slow]
+    matrices = list(matrices_of(student)) if recipe.schedule.optimizer == "muon" else []
+    apart = slow | {id(parameter) for parameter in matrices}
+    others = [parameter for parameter in (*student.parameters(), *heads.parameters()) if id(parameter) not in apart]
     groups = []
     for parameters, rate in ((others, 1.0), (trunk, recipe.trunk.rate)):
         for decayed in (True, False):
@@ -34,4 +37,6 @@ def optimizer_of(recipe: Recipe, student: Edge, heads: nn.Module) -> torch.optim
             if chosen:
                 decay = recipe.schedule.weight_decay if decayed else 0.0
                 groups.append({"params": chosen, "weight_decay": decay, "rate": rate})
+    if matrices:
+        return MuonAndAdamW(groups, matrices, weight_decay=recipe.schedule.weight_decay)
     return torch.optim.AdamW(groups, lr=recipe.schedule.peak_learning_rate)

@@ -78,8 +78,9 @@ class DataRecipe(_Strict):
 
 
 class ScheduleRecipe(_Strict):
-    """AdamW (Loshchilov & Hutter 2019) with linear warm-up and cosine decay."""
+    """AdamW (Loshchilov & Hutter 2019) with linear warm-up and cosine decay, or Muon beside it (`muon.py`)."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
     steps: int = Field(gt=0)
     batch_size: int = Field(gt=1)
     warmup_steps: CountOrZero = 500
