@@ -68,6 +68,26 @@ def test_twice_is_once_and_products_are_counted_as_before(graph: bytes) -> None:
     assert multiply_accumulates(small) == multiply_accumulates(graph)
 
 
+@pytest.mark.parametrize("size", [1.0, 3000.0])
+def test_a_weight_that_was_folded_at_another_precision_is_rounded_as_its_like(size: float) -> None:
+    weight = (np.random.default_rng(2).standard_normal((32, 32)) * size).astype(np.float32)
+    other = np.nextafter(weight, np.float32(np.inf))
+    _, rounded = in_eight_bits(product(weight))
+    assert len(rounded) == 1
+    assert in_eight_bits(product(other), rounded)[0] == in_eight_bits(product(weight))[0]
+    assert in_eight_bits(product(weight * np.float32(1.01)), rounded)[1] == []
+
+
+def product(weight: np.ndarray) -> bytes:
+    """A graph that multiplies with it."""
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None, 32]) for name in ("x", "y")]
+    node = onnx.helper.make_node("MatMul", ["x", "weight"], ["y"])
+    tensor = onnx.numpy_helper.from_array(weight, "weight")
+    return onnx.helper.make_model(
+        onnx.helper.make_graph([node], "one", ends[:1], ends[1:], [tensor])
+    ).SerializeToString()
+
+
 def test_a_compact_draft_is_published_and_says_what_it_is(made_draft: tuple[Path, Manifest], tmp_path: Path) -> None:
     draft = shutil.copytree(made_draft[0], tmp_path / "draft")
     before = open_bundle(draft).manifest
