@@ -16,7 +16,7 @@ class MuonAndAdamW(torch.optim.AdamW):
     Muon; `groups` are AdamW's. Learning rates are those of the first group: Muon's updates are as large as AdamW's (Liu
     et al. 2025, "Muon is scalable for LLM training", section 2.2)."""
 
-    def __init__(self, groups: list[dict[str, Any]], matrices: Iterable[nn.Parameter], *, weight_decay: float) -> None:
+    def __init__(self, groups: list[dict[str, Any]], matrices: Iterable[Tensor], *, weight_decay: float) -> None:
         super().__init__(groups)
         self._matrices = list(matrices)
         self._flat = [nn.Parameter(_flat(weight.detach())) for weight in self._matrices]
@@ -35,7 +35,7 @@ class MuonAndAdamW(torch.optim.AdamW):
             flat.grad = None if weight.grad is None else _flat(weight.grad)
         for group in self._muon.param_groups:
             group["lr"] = self.param_groups[0]["lr"]
-        self._muon.step()
+        self._muon.step()  # type: ignore[no-untyped-call]  # torch's has no types
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -46,7 +46,7 @@ class MuonAndAdamW(torch.optim.AdamW):
         self._muon.load_state_dict(state_dict["muon"])
 
 
-def matrices_of(network: nn.Module) -> Iterator[nn.Parameter]:
+def matrices_of(network: nn.Module) -> Iterator[Tensor]:
     """Of convolutions that mix channels and that a norm follows: those with a bias are outputs."""
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.bias is None:
