@@ -35,7 +35,7 @@ class MuonAndAdamW(torch.optim.AdamW):
             flat.grad = None if weight.grad is None else _flat(weight.grad)
         for group in self._muon.param_groups:
             group["lr"] = self.param_groups[0]["lr"]
-        self._muon.step()  # type: ignore[no-untyped-call]  # torch's has no types
+        self._muon.step()  # type: ignore[no-untyped-call]  # torch wrote it without types
         return loss
 
     def state_dict(self) -> dict[str, Any]:
