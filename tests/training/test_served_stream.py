@@ -18,7 +18,7 @@ from service.engine import Engine
 from service.settings import Settings
 from tests.conftest import LOCAL, voice
 
-Events = list[tuple[str, float, float]]
+Events = list[tuple[str, float, float, float]]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def streamed(client: TestClient, pcm: bytes, size: int) -> Events:
             connection.send_bytes(pcm[start : start + size])
         connection.send_text(json.dumps({"type": "end"}))
         while (message := connection.receive_json())["type"] == "detection":
-            events.append((message["keyword"], message["start_s"], message["end_s"]))
+            events.append((message["keyword"], message["start_s"], message["end_s"], message["score"]))
         assert message["type"] == "end", message
         assert message["duration_s"] == round(len(pcm) / 32_000, 3)
     return events
@@ -58,7 +58,7 @@ def spoken(seed: int) -> bytes:
     rng = np.random.default_rng(seed)
     parts = [voice(float(rng.uniform(0.3, 0.9))) * float(rng.uniform(0.3, 1.0)) for _ in range(4)]
     gaps = [np.zeros(int(rng.uniform(0.5, 1.0) * 16_000)) for _ in range(4)]
-    samples = np.concatenate([one for pair in zip(gaps, parts, strict=True) for one in pair])
+    samples = np.concatenate([one for pair in zip(parts, gaps, strict=True) for one in pair])
     return (samples.clip(-1, 1) * 32767).astype("<i2").tobytes()
 
 
@@ -82,7 +82,11 @@ def test_what_is_told_does_not_depend_on_the_messages(client: TestClient, size: 
 def test_many_streams_at_once_are_each_as_if_alone(client: TestClient) -> None:
     audio = [spoken(seed) for seed in range(12)]
     alone = [streamed(client, pcm, 8_000) for pcm in audio]
-    assert sum(map(len, alone)) > len(audio)
+    # Thirty steps may teach one word for all that is heard, so each tells at least one; most scores are their own.
+    assert all(alone)
+    assert len({told[0][3] for told in alone}) > len(audio) / 2
     with ThreadPoolExecutor(len(audio)) as pool:
         together = list(pool.map(lambda pcm: streamed(client, pcm, 8_000), audio))
-    assert together == alone
+    for told, own in zip(together, alone, strict=True):
+        assert [one[:3] for one in told] == [one[:3] for one in own]
+        np.testing.assert_allclose([one[3] for one in told], [one[3] for one in own], atol=2e-4)
