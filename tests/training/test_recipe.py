@@ -228,6 +228,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "edge-third": Recipe,
     "micro-nearer": Recipe,
     "base": Recipe,
+    "base-again": Recipe,
     "micro": Recipe,
     "teacher": PretrainRecipe,
     "teacher-base": PretrainRecipe,
