@@ -29,6 +29,7 @@ from training.evaluation.statistics import (
     threshold_for_false_alarms,
 )
 from training.evaluation.tasks import TURNED_AWAY, clip_accuracy, plan_trials, run_trials
+from training.evaluation.wake import holds
 from training.export import COHORT, COHORT_CLIPS, UNFITTED, export, write_draft
 from training.finished import name_of, origin
 from training.manifest import CALIBRATION_FOLD, Clip, Data, Recording
@@ -111,7 +112,7 @@ def calibrate(draft: Path, *, data_root: Path | None, say: Say) -> Manifest:
     manifest = _uncalibrated(manifest)
     manifest = _with_window(manifest, _best_window(draft, manifest, fold, say))
     with _serving(draft, manifest) as client:
-        thresholds = _thresholds(client, manifest, data, fold, say)
+        thresholds, capped = _thresholds(client, manifest, data, fold, say)
     people = len({clip.speaker for clip in fold if clip.speaker})
     fitted_on = (
         f"{people} training speakers set aside (fold {CALIBRATION_FOLD!r}, seed {source.seed}), {len(fold)} clips"
@@ -122,7 +123,7 @@ def calibrate(draft: Path, *, data_root: Path | None, say: Say) -> Manifest:
                 Keyword(label=entry.label, threshold=thresholds[entry.label], typical_s=entry.typical_s)
                 for entry in manifest.keywords.labels
             ),
-            "thresholds_from": f"{BUDGET_PER_HOUR:g} false alarm an hour and keyword on {fitted_on}",
+            "thresholds_from": f"{BUDGET_PER_HOUR:g} false alarm an hour and keyword on {fitted_on}{_beyond(capped)}",
         }
     )
     changes: dict[str, object] = {"keywords": keywords}
@@ -187,9 +188,15 @@ def _best_cohort(
     return min(fits, key=lambda fit: fit[1].cost)
 
 
-def _thresholds(client: ServiceClient, manifest: Manifest, data: Data, fold: list[Clip], say: Say) -> dict[str, float]:
+def _beyond(capped: list[str]) -> str:
+    return f"; {', '.join(capped)} would need more than {HIGHEST_THRESHOLD}" if capped else ""
+
+
+def _thresholds(
+    client: ServiceClient, manifest: Manifest, data: Data, fold: list[Clip], say: Say
+) -> tuple[dict[str, float], list[str]]:
     """For each keyword the lowest threshold that keeps to the budget on the fold's other speech and on the
-    training noises, within bounds."""
+    training noises, within bounds; and those that the upper bound keeps from it."""
     noises = [noise for noise in data.noises if noise.split == "train"]
     audio: list[Clip | Recording] = [*fold, *noises]
     answers = client.each(
@@ -197,20 +204,21 @@ def _thresholds(client: ServiceClient, manifest: Manifest, data: Data, fold: lis
     )
     alarms: dict[str, list[float]] = defaultdict(list)
     for item, events in zip(audio, answers, strict=True):
-        said = f" {item.keyword} {item.transcript} ".lower() if isinstance(item, Clip) else ""
         for event in events:
-            if f" {event['keyword'].split(':', 1)[1]} " not in said:
+            if not (isinstance(item, Clip) and holds(item, event["keyword"])):
                 alarms[event["keyword"]].append(event["score"])
     hours = sum(item.duration_s for item in audio) / 3600
     allowed = int(BUDGET_PER_HOUR * hours)
-    found = {}
+    found, capped = {}, []
     for entry in manifest.keywords.labels:
         wanted = threshold_for_false_alarms(np.array(alarms[entry.label]), allowed)
         # Up to the next thousandth: rounding down would let an alarm over the budget through.
+        if wanted > HIGHEST_THRESHOLD:
+            capped.append(entry.label)
         found[entry.label] = min(max(math.ceil(wanted * 1000) / 1000, LOWEST_THRESHOLD), HIGHEST_THRESHOLD)
     raised = sum(value > LOWEST_THRESHOLD for value in found.values())
     say(f"thresholds: {hours:.2f} h of other audio, {allowed} alarms allowed, {raised} above {LOWEST_THRESHOLD}")
-    return found
+    return found, capped
 
 
 def _fit_speakers(client: ServiceClient, fold: list[Clip], say: Say) -> _SpeakerFit:
@@ -223,8 +231,13 @@ def _fit_speakers(client: ServiceClient, fold: list[Clip], say: Say) -> _Speaker
     fits = []
     for with_cohort, turned_away in zip((True, False), TURNED_AWAY, strict=True):
         parts = [plan.split(plan.llr if with_cohort else plan.cosine) for plan in plans]
-        targets = np.concatenate([part[0] for part in parts])
-        impostors = np.concatenate([part[1] for part in parts])
+        # Claims that the service turned away have no score: as targets they would bend the map, and as impostors make
+        # strangers seem rarer than they are.
+        targets, impostors = (
+            scores[scores > turned_away] for scores in (np.concatenate(each) for each in zip(*parts, strict=True))
+        )
+        if not (len(targets) and len(impostors)):
+            raise TrainingError("the service turned every claim away: nothing to calibrate on")
         scale, offset = fit_calibration(targets, impostors)
         cost = cllr(scale * targets + offset, scale * impostors + offset)
         eer = equal_error_rate(targets, impostors)
@@ -232,8 +245,7 @@ def _fit_speakers(client: ServiceClient, fold: list[Clip], say: Say) -> _Speaker
         note = f"{kind}, {len(targets)} target and {len(impostors)} impostor trials, EER {eer:.4f}, Cllr {cost:.4f}"
         say(note)
         if scale > 0:
-            # Claims that the service turned away would make strangers seem rarer than they are.
-            strict = _operating_points(scale * impostors[impostors > turned_away] + offset)
+            strict = _operating_points(scale * impostors + offset)
             fits.append(_SpeakerFit(scale, offset, with_cohort, cost, note, strict))
     if not fits:
         raise TrainingError("impostors score higher than the speakers themselves: this network tells nobody apart")

@@ -20,6 +20,7 @@ from training.hints import NETWORKS
 from training.manifest import Clip, Data
 
 CARD = "MODEL_CARD.md"
+ABOUT = Path(__file__).parent / "about"
 UNSAID = "Nobody has written down what this model is for and where it fails (`sotto evaluate --about FILE`)."
 
 
@@ -100,8 +101,14 @@ def rebuild(name: str, recipe: dict[str, Any], graph: GraphInfo) -> list[str]:
         f".venv-dev/bin/sotto export runs/{own} --name {name}",
         *rounded,
         f".venv-dev/bin/sotto calibrate runs/{own}/bundle",
-        f".venv-dev/bin/sotto evaluate runs/{own}/bundle --record",
+        f".venv-dev/bin/sotto evaluate runs/{own}/bundle --record{_about(name)}",
     ]
+
+
+def _about(name: str) -> str:
+    """What a person has written of the model, where the repository has it."""
+    file = ABOUT / f"{name.removeprefix('sotto-')}.md"
+    return f" --about training/about/{file.name}" if file.is_file() else ""
 
 
 def _corpora(clips: list[Clip]) -> list[str]:

@@ -308,6 +308,11 @@ def evaluate(
         raise failed(MeasurementError("--enrolled-by is for a look; what is recorded is of one model"))
     with told():
         found = _find(bundle, data)
+        if record and found.manifest.version:
+            raise MeasurementError(
+                f"{found.manifest.name}@{found.manifest.version} is published, and a version never changes: --record "
+                "is for drafts"
+            )
         other = None if enrolled_by is None or url is not None else _find(enrolled_by, data)
         running = None if url is None else ServiceClient(url, api_key, enrolled_by)
         context = served(found.path, other) if running is None else nullcontext(running)

@@ -232,7 +232,9 @@ def speaker_cohort(session: Session, clips: list[Clip], most: int) -> Array:
 
 
 def write_draft(out: Path, manifest: Manifest, files: Mapping[str, bytes]) -> None:
-    """Replace the draft in `out`."""
+    """Replace the draft in `out`. Raises ExportError where what lies there is published: a version never changes."""
+    if manifest.version:
+        raise ExportError(f"{out} holds {manifest.name}@{manifest.version}, which is published; copy it to change it")
     out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (out / name).write_bytes(content)

@@ -33,6 +33,8 @@ COLUMNS = (
     "path", "corpus", "split", "speaker", "keyword", "transcript", "language", "duration_s", "licence",
 )  # fmt: skip
 RECORDING_COLUMNS = ("path", "corpus", "split", "kind", "duration_s", "licence")
+GROUPS = ("gender", "accent", "device")
+PEOPLE, PEOPLE_COLUMNS = "speakers.csv", ("speaker", "corpus", "split", "clips", "duration_s", *GROUPS)
 TRIALS, TRIAL_COLUMNS = "trials.csv", ("target", "enrolment", "test")
 SPLITS = ("train", "dev")
 CALIBRATION_FOLD = "calibration"
@@ -136,6 +138,18 @@ def read_trials(root: Path) -> list[Trial]:
     if len({trial.target for trial in trials}) < 2:
         raise ManifestError(f"{table} needs pairs of one speaker and pairs of two")
     return trials
+
+
+def read_groups(root: Path) -> dict[str, dict[str, str]]:
+    """What `speakers.csv` says of a speaker's gender, accent and device, where it says it and it is one; empty without
+    the file. Raises ManifestError."""
+    table = root / PEOPLE
+    if not table.is_file():
+        return {}
+    return {
+        row["speaker"]: {group: row[group] for group in GROUPS if row[group] and "+" not in row[group]}
+        for row in _read_table(table, PEOPLE_COLUMNS)
+    }
 
 
 def assign_fold(clips: Sequence[Clip], *, fraction: float, seed: int) -> list[Clip]:

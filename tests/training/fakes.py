@@ -45,6 +45,9 @@ class FakeClient:
     def keywords(self) -> list[str]:
         return self.labels
 
+    def thresholds(self) -> dict[str, float]:
+        return {"en:alexa": 0.6} | dict.fromkeys(self.labels, 0.6)
+
     def detect(self, upload: Upload, **query: Any) -> dict[str, Any]:
         self.queries.append(query)
         return self.answers.get(upload.data.decode(), {"detections": [], "top": [{"keyword": "none", "score": 0.0}]})

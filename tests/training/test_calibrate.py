@@ -16,7 +16,7 @@ from tests.training.conftest import TinyRun, train_tiny
 from tests.training.fakes import FakeClient, make_clip
 from tests.training.made_data import tiny_recipe
 from training import calibrate as calibrate_module
-from training.calibrate import LOWEST_THRESHOLD, calibrate
+from training.calibrate import HIGHEST_THRESHOLD, LOWEST_THRESHOLD, calibrate
 from training.errors import TrainingError
 from training.evaluation.client import served
 from training.evaluation.report import Report, evaluate
@@ -113,9 +113,33 @@ def thresholds(made_draft: tuple[Path, Manifest], tmp_path: Path) -> Thresholds:
         ]
         client: Any = FakeClient(answers)
         data = Data(tmp_path, tuple(clips), (), ())
-        return calibrate_module._thresholds(client, made_draft[1], data, clips, lambda _: None)
+        return calibrate_module._thresholds(client, made_draft[1], data, clips, lambda _: None)[0]
 
     return found
+
+
+def test_a_word_of_another_language_with_the_same_label_is_a_false_alarm(
+    made_draft: tuple[Path, Manifest], tmp_path: Path
+) -> None:
+    clip = make_clip(tmp_path, "arabic", keyword="high", language="ar", duration_s=1800.0)
+    for language, least in (("ar", LOWEST_THRESHOLD), ("en", 0.7)):
+        answers: dict[str, Any] = {"arabic": {"detections": [{"keyword": f"{language}:high", "score": 0.7}]}}
+        client: Any = FakeClient(answers)
+        data = Data(tmp_path, (clip,), (), ())
+        found, capped = calibrate_module._thresholds(client, made_draft[1], data, [clip], lambda _: None)
+        assert found.get(f"{language}:high", LOWEST_THRESHOLD) >= least
+        assert not capped
+
+
+def test_a_word_that_its_upper_bound_keeps_from_the_budget_is_named(
+    made_draft: tuple[Path, Manifest], tmp_path: Path
+) -> None:
+    clip = make_clip(tmp_path, "other", transcript="something else", language="en", duration_s=1800.0)
+    client: Any = FakeClient({"other": {"detections": [{"keyword": "en:high", "score": 0.99}]}})
+    data = Data(tmp_path, (clip,), (), ())
+    found, capped = calibrate_module._thresholds(client, made_draft[1], data, [clip], lambda _: None)
+    assert found["en:high"] == HIGHEST_THRESHOLD
+    assert capped == ["en:high"]
 
 
 def test_threshold_of_a_quiet_keyword_is_the_lowest(thresholds: Thresholds) -> None:

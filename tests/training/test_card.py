@@ -10,7 +10,9 @@ import pytest
 
 from model_store import GraphInfo, Manifest
 from model_store.files import describe
+from model_store.store import open_bundle
 from training.card import CARD, UNSAID, card, rebuild, record_figures
+from training.errors import ExportError
 from training.evaluation.report import Figure, Report
 from training.manifest import Data, read_data
 
@@ -51,6 +53,15 @@ def test_the_data_is_counted_from_the_tables_without_the_fold(made_draft: tuple[
     people = len({clip.speaker for clip in kept})
     assert people == 7
     assert row.endswith(f"| {people} | ar | CC0 |")
+
+
+def test_a_published_version_is_never_written_again(draft: Path, data: Data) -> None:
+    published = open_bundle(draft).manifest.model_copy(update={"version": 3})
+    (draft / "manifest.json").write_text(published.to_json())
+    with pytest.raises(ExportError, match="tiny@3, which is published"):
+        record_figures(draft, REPORT, data, data_name="dev split of made", about="Another.")
+    assert open_bundle(draft).manifest == published
+    assert not (draft / CARD).exists() or "Another." not in (draft / CARD).read_text()
 
 
 def test_a_card_without_a_word_from_its_maker_says_so(made_draft: tuple[Path, Manifest], data: Data) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import io
 import os
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from model_store import Manifest
 from model_store.graph import OUTPUTS
-from training.evaluation.cost import latencies_ms, multiply_accumulates
+from model_store.store import open_bundle
+from training.evaluation.cost import latencies_ms, multiply_accumulates, streaming_ms
 
 
 class Small(nn.Module):
@@ -61,3 +64,9 @@ def test_every_graph_is_timed_on_one_thread_and_on_all(graph: bytes) -> None:
     assert found.keys() == {"one", "other"}
     assert all(latency.one_thread > 0 and latency.all_threads > 0 for latency in found.values())
     assert {latency.threads for latency in found.values()} == {len(os.sched_getaffinity(0))}
+
+
+def test_a_second_of_a_stream_is_timed_beside_one_of_a_clip(made_draft: tuple[Path, Manifest]) -> None:
+    stream, clip = streaming_ms(open_bundle(made_draft[0]), runs=3)
+    assert stream > 0
+    assert clip > 0

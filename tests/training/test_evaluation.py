@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import soundfile
 
 from tests.training.fakes import FakeClient, make_clip
+from tests.training.made_data import write_table
 from training.errors import ManifestError
 from training.evaluation.recordings import beginning
 from training.evaluation.report import default_rows, evaluate
@@ -24,7 +26,7 @@ from training.evaluation.tasks import (
     spot_misses,
     verification,
 )
-from training.manifest import COLUMNS, Clip, read_data, read_trials
+from training.manifest import COLUMNS, PEOPLE_COLUMNS, Clip, Data, read_data, read_trials
 
 
 def top(label: str) -> dict[str, Any]:
@@ -91,6 +93,23 @@ def test_wrong_word_is_a_miss_and_a_false_alarm(tmp_path: Path) -> None:
     assert found.by_word["en:operator"].value == 1.0
     # One in half an hour.
     assert found.false_alarms_per_hour == 2.0
+
+
+def test_spot_is_told_by_group_where_the_table_names_people(tmp_path: Path) -> None:
+    """Six people, of whom the women are heard and the men are not."""
+    names = [f"{gender}-{number}" for gender in ("female", "male") for number in range(3)]
+    clips = [replace(sentence(tmp_path, name), speaker=name) for name in names]
+    rows = [(name, "wuw2", "dev", "1", "5", name.split("-")[0], "", "") for name in names]
+    write_table(tmp_path / "speakers.csv", PEOPLE_COLUMNS, rows)
+    client: Any = FakeClient({clip.key: heard_at(2.3) for clip in clips[:3]})
+    data = Data(tmp_path, tuple(clips), (), ())
+    report = evaluate(
+        client, data, split="dev", rows=["spot"], bundle=None, peers_python=tmp_path, command="", say=lambda _: None
+    )
+    assert report.value("spot miss") == 50.0
+    assert report.value("spot miss, gender female") == 0.0
+    assert report.value("spot miss, gender male") == 100.0
+    assert "over 6 people" in report.figures[0].detail
 
 
 def test_spot_leaves_out_clips_that_are_no_sentences(tmp_path: Path) -> None:

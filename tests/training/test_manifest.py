@@ -10,7 +10,7 @@ import pytest
 
 from tests.training.made_data import write_table, write_wav
 from training.errors import ManifestError
-from training.manifest import COLUMNS, RECORDING_COLUMNS, digest_data, labels_of, read_data
+from training.manifest import COLUMNS, PEOPLE_COLUMNS, RECORDING_COLUMNS, digest_data, labels_of, read_data, read_groups
 
 SPOKEN = {"corpus": "c", "split": "train", "language": "en", "duration_s": "0.1", "licence": "CC0"}
 
@@ -165,3 +165,16 @@ def test_shared_recordings_read_whole(shared_data: Path) -> None:
     data = read_data(shared_data)
     assert len(data.clips) > 20_000
     assert len(labels_of(data.clips)) == 112
+
+
+def test_groups_of_people_are_those_that_the_table_names_alone(root: Path) -> None:
+    assert read_groups(root) == {}
+    rows = [
+        ("ann", "c", "train", "2", "0.2", "female", "native", ""),
+        ("dan", "c", "dev", "1", "0.1", "male", "native+nonNative", "cellphone"),
+    ]
+    write_table(root / "speakers.csv", PEOPLE_COLUMNS, rows)
+    assert read_groups(root) == {
+        "ann": {"gender": "female", "accent": "native"},
+        "dan": {"gender": "male", "device": "cellphone"},
+    }

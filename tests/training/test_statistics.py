@@ -11,9 +11,11 @@ import pytest
 from training.evaluation.statistics import (
     Rate,
     cllr,
+    eer_interval_over_people,
     equal_error_rate,
     error_rates,
     fit_calibration,
+    interval_over_people,
     minimum_dcf,
     threshold_for_false_alarms,
 )
@@ -153,3 +155,25 @@ def test_wilson_interval() -> None:
 def test_rate_of_nothing_is_not_a_number() -> None:
     assert math.isnan(Rate(0, 0).value)
     assert all(map(math.isnan, Rate(0, 0).interval))
+
+
+def test_an_interval_over_people_is_wider_where_they_differ() -> None:
+    """Three people of whom one is never heard: Wilson's 600 independent trials know the rate far too well."""
+    people = [Rate(200, 200), Rate(200, 200), Rate(0, 200)]
+    low, high = interval_over_people(people)
+    alone = Rate(400, 600).interval
+    assert low < alone[0] - 0.2
+    assert high > alone[1] + 0.2
+    assert interval_over_people([Rate(3, 4)] * 50) == pytest.approx((0.75, 0.75))
+    assert all(math.isnan(end) for end in interval_over_people([]))
+
+
+def test_an_interval_of_the_equal_error_rate_holds_it_and_follows_people() -> None:
+    rng = np.random.default_rng(1)
+    easy = [(rng.normal(6, 1, 50), rng.normal(0, 1, 50)) for _ in range(5)]
+    hard = [(rng.normal(0, 1, 50), rng.normal(0, 1, 50))]
+    low, high = eer_interval_over_people([easy + hard])
+    targets, impostors = (np.concatenate(each) for each in zip(*(easy + hard), strict=True))
+    assert low < equal_error_rate(targets, impostors) < high
+    assert low < 0.02
+    assert high > 0.15

@@ -15,7 +15,7 @@ from tests.training.made_data import write_wav
 from training.errors import MeasurementError
 from training.evaluation.peers import pocketsphinx_found
 from training.evaluation.report import evaluate
-from training.evaluation.wake import WakeMisses, listen, wake_audio, wake_misses
+from training.evaluation.wake import WakeMisses, listen, wake_audio, wake_misses, wake_shipped
 from training.manifest import Data, Recording
 
 
@@ -69,6 +69,16 @@ def test_sentence_that_holds_the_word_raises_no_alarm(tmp_path: Path) -> None:
     found = missed_words(client, wake_data(tmp_path, hours=1.0, transcript="say Alexa now"), per_hour=0.1)
     assert found.misses.hits == 1
     assert found.negative_hours == 0
+
+
+def test_thresholds_that_ship_are_taken_as_they_are(tmp_path: Path) -> None:
+    client: Any = FakeClient(WAKE_ANSWERS)
+    plan = wake_audio(wake_data(tmp_path, hours=2.0), "dev")
+    heard = listen(client, plan)
+    misses, alarms_per_hour = wake_shipped(plan, heard, {"en:alexa": 0.6})
+    # Of 0.95, 0.70, 0.50 and nothing, two pass; of 0.9, 0.6, 0.4 and 0.2 in two hours of other speech, two.
+    assert (misses.misses.hits, misses.misses.total) == (2, 4)
+    assert alarms_per_hour == pytest.approx(1.0)
 
 
 def test_wake_asks_for_the_wake_words_only(tmp_path: Path) -> None:
@@ -146,6 +156,9 @@ def test_the_row_says_what_it_was_held_to_and_which_peer_is_missing(tmp_path: Pa
     assert {figure.name: figure.value for figure in report.figures} == {
         "wake miss at 1/h, clean": 0.0, "wake miss at no false alarm, clean": 100.0,
         "wake miss at 1/h, 10 dB": 0.0, "wake miss at no false alarm, 10 dB": 100.0,
+        "wake miss at the thresholds that ship, clean": 0.0, "wake miss at the thresholds that ship, 10 dB": 0.0,
+        "wake false alarms at the thresholds that ship, clean": pytest.approx(1.0, abs=1e-3),
+        "wake false alarms at the thresholds that ship, 10 dB": pytest.approx(1.0, abs=1e-3),
     }  # fmt: skip
     assert [line for line in said if "PocketSphinx" in line] == [said[-1]]
     assert "make peers" in said[-1]

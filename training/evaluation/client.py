@@ -72,7 +72,12 @@ class ServiceClient:
 
     def keywords(self) -> list[str]:
         """All labels."""
-        return [entry["keyword"] for entry in self._json(self._http.get("/v1/keywords"))["keywords"]]
+        return list(self.thresholds())
+
+    def thresholds(self) -> dict[str, float]:
+        """Of every label."""
+        entries = self._json(self._http.get("/v1/keywords"))["keywords"]
+        return {entry["keyword"]: entry["threshold"] for entry in entries}
 
     def detect(self, upload: Upload, **query: Any) -> dict[str, Any]:
         """The answer of /v1/keywords/detect."""

@@ -15,10 +15,16 @@ import onnx
 import onnxruntime
 from onnx import NodeProto
 
+from model_store import Bundle
+from model_store.graph import part_of
 from model_store.inference import open_session
+from model_store.streaming import Chunk, StreamingGraph
 from training.audio_cache import SAMPLE_RATE_HZ
 
 WARM_UP_RUNS, TIMED_RUNS = 30, 300
+# Of a stream, as often as the service looks.
+CHUNKS_A_SECOND = 4
+KEYWORDS = "keyword_logits"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +71,30 @@ def latencies_ms(graphs: Mapping[str, bytes], *, runs: int = TIMED_RUNS) -> dict
                     times[name].append(time.perf_counter() - start)
         medians[count] = {name: float(np.median(taken) * 1e3) for name, taken in times.items()}
     return {name: Latency(medians[1][name], medians[threads][name], threads) for name in graphs}
+
+
+def streaming_ms(bundle: Bundle, *, runs: int = TIMED_RUNS) -> tuple[float, float]:
+    """Median milliseconds of one thread for a second of a stream, in chunks as the service gives them, and for the
+    keywords of a clip of a second; taking turns. The bundle has to have a streaming graph."""
+    manifest = bundle.manifest
+    assert manifest.stream is not None
+    hop = round(manifest.keywords.frame_hop_s * SAMPLE_RATE_HZ)
+    stream = StreamingGraph(open_session(bundle.read(manifest.stream.file), threads=1), manifest.stream, hop=hop)
+    clip = open_session(part_of(bundle.read(manifest.graph.file), (KEYWORDS,)), threads=1)
+    feeds = one_second()
+    chunks = feeds["waveform"][0].reshape(CHUNKS_A_SECOND, -1)
+    progress = stream.begin()
+    times: tuple[list[float], list[float]] = ([], [])
+    for run in range(WARM_UP_RUNS + runs):
+        start = time.perf_counter()
+        for samples in chunks:
+            ((_, progress),) = stream.run([Chunk(progress, samples)])
+        between = time.perf_counter()
+        clip.run([KEYWORDS], feeds)
+        if run >= WARM_UP_RUNS:
+            times[0].append(between - start)
+            times[1].append(time.perf_counter() - between)
+    return float(np.median(times[0]) * 1e3), float(np.median(times[1]) * 1e3)
 
 
 def multiply_accumulates(graph: bytes) -> int:

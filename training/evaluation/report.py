@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,17 @@ from rich.table import Table
 from model_store import Bundle, Metric
 from training.errors import MeasurementError
 from training.evaluation.client import ServiceClient
-from training.evaluation.cost import latencies_ms, multiply_accumulates
+from training.evaluation.cost import latencies_ms, multiply_accumulates, streaming_ms
 from training.evaluation.peers import pocketsphinx_found, resemblyzer_scores
-from training.evaluation.statistics import Rate, det_points, equal_error_rate, minimum_dcf, rate_of
+from training.evaluation.statistics import (
+    Rate,
+    det_points,
+    eer_interval_over_people,
+    equal_error_rate,
+    interval_over_people,
+    minimum_dcf,
+    rate_of,
+)
 from training.evaluation.tasks import (
     COMMAND_CORPORA,
     ENROL_CLIPS,
@@ -29,8 +38,8 @@ from training.evaluation.tasks import (
     spot_misses,
     verification,
 )
-from training.evaluation.wake import WakeMisses, listen, wake_audio, wake_misses
-from training.manifest import TRIALS, Clip, Data, read_trials
+from training.evaluation.wake import WakeMisses, listen, wake_audio, wake_misses, wake_shipped
+from training.manifest import GROUPS, TRIALS, Clip, Data, read_groups, read_trials
 
 # Not among the defaults: `keywords`, which is `asc` and `commands` together, for tables with one column; `base`, which
 # takes minutes and no recordings; `trials`, unless the data has a list of them.
@@ -38,6 +47,8 @@ ROWS = ("asc", "commands", "wake", "spot", "sv", "cost")
 OTHER_ROWS = ("keywords", "base", "trials")
 WAKE_SNR_DB = 10.0
 WAKE_ALARMS_PER_HOUR = 1.0
+# People of a group that a figure of it needs.
+LEAST_OF_GROUP = 3
 
 Say = Callable[[str], None]
 
@@ -136,7 +147,7 @@ def evaluate(
 
 def _accuracy(name: str, client: ServiceClient, clips: Sequence[Clip], heard: dict[str, str]) -> list[Figure]:
     found = clip_accuracy(client, clips, heard=heard)
-    figures = [_share(f"{name} top-1", found.overall)]
+    figures = [_share_of_people(f"{name} top-1", found.overall, found.people)]
     if len(found.by_corpus) > 1:
         figures += [_share(f"{name} top-1, {corpus}", rate) for corpus, rate in found.by_corpus.items()]
     people = sorted(rate.value for speaker, rate in found.by_speaker.items() if speaker != "?" and rate.total >= 5)
@@ -151,10 +162,15 @@ def _accuracy(name: str, client: ServiceClient, clips: Sequence[Clip], heard: di
 def _wake(client: ServiceClient, data: Data, split: str, peers_python: Path, say: Say) -> list[Figure]:
     figures = []
     beside = True
+    thresholds = client.thresholds()
     for label, snr_db in (("clean", None), (f"{WAKE_SNR_DB:g} dB", WAKE_SNR_DB)):
         plan = wake_audio(data, split, snr_db=snr_db)
         heard = listen(client, plan)
         figures.append(_wake_figure(label, wake_misses(plan, heard, per_hour=WAKE_ALARMS_PER_HOUR)))
+        shipped, alarms = wake_shipped(plan, heard, thresholds)
+        name = f"wake miss at the thresholds that ship, {label}"
+        figures.append(Figure(name, shipped.misses.value * 100, "%", _words(shipped)))
+        figures.append(Figure(f"wake false alarms at the thresholds that ship, {label}", alarms, "/h", "of one word"))
         # Short audio cannot show one alarm in ten hours: that none was in all of it is the least that can be counted.
         none = wake_misses(plan, heard, per_hour=0.0)
         figures.append(Figure(f"wake miss at no false alarm, {label}", none.misses.value * 100, "%", _words(none)))
@@ -182,8 +198,13 @@ def _words(found: WakeMisses) -> str:
 def _spot(client: ServiceClient, data: Data, split: str) -> list[Figure]:
     found = spot_misses(client, data.split(split))
     words = ", ".join(f"{word} {rate.value * 100:.1f}" for word, rate in found.by_word.items())
+    figures = [_share_of_people("spot miss", found.misses, list(found.by_speaker.values()), words)]
+    for group, people in _groups(data, found.by_speaker).items():
+        own = [found.by_speaker[speaker] for speaker in people]
+        missed = Rate(sum(rate.hits for rate in own), sum(rate.total for rate in own))
+        figures.append(_share_of_people(f"spot miss, {group}", missed, own))
     return [
-        _share("spot miss", found.misses, words),
+        *figures,
         Figure("spot false alarms", found.false_alarms_per_hour, "/h", "of the five words, in the same sentences"),
     ]
 
@@ -199,6 +220,16 @@ def _speakers(report: Report, client: ServiceClient, data: Data, peers_python: P
         run_trials(client, plan)
     own = verification(plans, [plan.llr for plan in plans])
     figures = _verification("sv", plans, own, calibrated=True)
+    low, high = eer_interval_over_people([list(plan.by_person(plan.llr).values()) for plan in plans])
+    people = sum(len(plan.speakers) for plan in plans)
+    interval = f"; 95 % interval over {people} people {low * 100:.1f} to {high * 100:.1f}"
+    figures[0] = replace(figures[0], detail=figures[0].detail + interval)
+    for plan in plans:
+        tests = plan.by_person(plan.llr)
+        for group, members in _groups(data, tests).items():
+            scores = (np.concatenate(each) for each in zip(*(tests[name] for name in members), strict=True))
+            detail = f"{len(members)} people, claims of all {len(tests)}"
+            figures.append(Figure(f"sv EER, {plan.corpus}, {group}", equal_error_rate(*scores) * 100, "%", detail))
     figures += _strict(plans, client.operating_points())
     plain = verification(plans, [plan.cosine for plan in plans])
     figures += _verification("sv, cosine", plans, plain, calibrated=False)[:1]
@@ -269,10 +300,19 @@ def _cost(bundle: Bundle) -> list[Figure]:
     return [
         Figure("one second of audio, one thread", latency.one_thread, "ms", "ONNX Runtime, median of 300 runs"),
         Figure("one second of audio, all threads", latency.all_threads, "ms", f"{latency.threads} threads"),
+        *_streaming(bundle),
         Figure("multiply-accumulates", multiply_accumulates(graph) / 1e6, "M", "for one second of audio"),
         Figure("parameters", bundle.manifest.graph.parameters / 1e6, "M", "no training-only heads are in the graph"),
         Figure("graph file", bundle.manifest.files[bundle.manifest.graph.file].size / 1e6, "MB"),
     ]
+
+
+def _streaming(bundle: Bundle) -> list[Figure]:
+    if bundle.manifest.stream is None:
+        return []
+    stream, clip = streaming_ms(bundle)
+    detail = f"in chunks of 250 ms; {stream / clip:.2f} times the keywords of a clip, {clip:.2f} ms in the same run"
+    return [Figure("one second of a stream, one thread", stream, "ms", detail)]
 
 
 def _base(bundle: Bundle) -> list[Figure]:
@@ -293,6 +333,27 @@ def _base(bundle: Bundle) -> list[Figure]:
 
 def _share(name: str, rate: Rate, detail: str = "") -> Figure:
     return Figure(name, rate.value * 100, "%", "; ".join(part for part in (_interval(rate), detail) if part))
+
+
+def _share_of_people(name: str, rate: Rate, people: Sequence[Rate], detail: str = "") -> Figure:
+    """`people` are those whose outcomes `rate` counts."""
+    low, high = interval_over_people(people)
+    interval = f"95 % interval over {len(people)} people {low * 100:.1f} to {high * 100:.1f}, n = {rate.total}"
+    return Figure(name, rate.value * 100, "%", "; ".join(part for part in (interval, detail) if part))
+
+
+def _groups(data: Data, speakers: Iterable[str]) -> dict[str, list[str]]:
+    """Groups with as many of these speakers as a figure needs, where there is more than one: "gender female"."""
+    told = read_groups(data.root)
+    found: dict[str, list[str]] = {}
+    for kind in GROUPS:
+        own: dict[str, list[str]] = defaultdict(list)
+        for speaker in sorted(speakers):
+            if value := told.get(speaker, {}).get(kind):
+                own[f"{kind} {value}"].append(speaker)
+        enough = {group: people for group, people in sorted(own.items()) if len(people) >= LEAST_OF_GROUP}
+        found |= enough if len(enough) > 1 else {}
+    return found
 
 
 def _interval(rate: Rate) -> str:

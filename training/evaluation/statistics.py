@@ -12,6 +12,8 @@ import numpy.typing as npt
 
 Scores = npt.NDArray[np.float64]
 NORMAL = NormalDist()
+# Of bootstraps.
+DRAWS, EER_DRAWS = 2000, 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,31 @@ class Rate:
 def rate_of(outcomes: Sequence[bool | np.bool_]) -> Rate:
     """How many of them are true."""
     return Rate(int(sum(map(bool, outcomes))), len(outcomes))
+
+
+def interval_over_people(people: Sequence[Rate]) -> tuple[float, float]:
+    """95 % interval of the share that all of them make, each person drawn anew with all clips (bootstrap over clusters,
+    Field & Welsh 2007): clips of one person are right or wrong together, so `Rate.interval` is too narrow for them."""
+    if not any(person.total for person in people):
+        return math.nan, math.nan
+    hits = np.array([person.hits for person in people], dtype=np.float64)
+    totals = np.array([person.total for person in people], dtype=np.float64)
+    drawn = np.random.default_rng(0).integers(len(people), size=(DRAWS, len(people)))
+    low, high = np.percentile(hits[drawn].sum(axis=1) / totals[drawn].sum(axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def eer_interval_over_people(corpora: Sequence[Sequence[tuple[Scores, Scores]]]) -> tuple[float, float]:
+    """95 % interval of the equal error rate of all trials together. Of each corpus, (target, impostor) scores by the
+    person who speaks in the test, who is drawn anew with all of them, within the corpus."""
+    rng = np.random.default_rng(0)
+    rates = []
+    for _ in range(EER_DRAWS):
+        drawn = [people[index] for people in corpora for index in rng.integers(len(people), size=len(people))]
+        targets, impostors = (np.concatenate(each) for each in zip(*drawn, strict=True))
+        rates.append(equal_error_rate(targets, impostors))
+    low, high = np.percentile(rates, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def equal_error_rate(targets: Scores, impostors: Scores) -> float:

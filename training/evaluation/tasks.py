@@ -44,6 +44,8 @@ class ClipAccuracy:
     overall: Rate
     by_corpus: dict[str, Rate]
     by_speaker: dict[str, Rate]
+    # Of everyone; a clip whose speaker is not known stands for a person.
+    people: list[Rate]
     confusions: list[tuple[str, str, int]]
 
 
@@ -53,6 +55,7 @@ class SpotMisses:
 
     misses: Rate
     by_word: dict[str, Rate]
+    by_speaker: dict[str, Rate]
     false_alarms_per_hour: float
 
 
@@ -77,6 +80,16 @@ class Trials:
         """(target, impostor) scores of a matrix shaped like `llr`."""
         own = np.array([[speaker == name for name in self.speakers] for speaker, _ in self.tests])
         return scores[own], scores[~own]
+
+    def by_person(
+        self, scores: npt.NDArray[np.float64]
+    ) -> dict[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]:
+        """The same for each who speaks in a test."""
+        found = {}
+        for column, name in enumerate(self.speakers):
+            rows = scores[[speaker == name for speaker, _ in self.tests]]
+            found[name] = rows[:, column], np.delete(rows, column, axis=1).ravel()
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +137,10 @@ def clip_accuracy(
         if not right:
             confusions[clip.label, heard[clip.key]] += 1
     worst = sorted(confusions.items(), key=lambda item: -item[1])[:10]
+    unknown = by_speaker.get("?", [])
+    known_people = [rate_of(rights) for name, rights in by_speaker.items() if name != "?"]
     return ClipAccuracy(
+        people=[*known_people, *(rate_of([right]) for right in unknown)],
         overall=rate_of([right for rights in by_corpus.values() for right in rights]),
         by_corpus={name: rate_of(rights) for name, rights in sorted(by_corpus.items())},
         by_speaker={name: rate_of(rights) for name, rights in sorted(by_speaker.items())},
@@ -142,15 +158,18 @@ def spot_misses(client: ServiceClient, clips: Sequence[Clip]) -> SpotMisses:
     words = sorted({clip.label for clip in sentences})
     answers = client.each(lambda clip: client.detect(as_recorded(clip), keywords=words)["detections"], sentences)
     missed: dict[str, list[bool]] = defaultdict(list)
+    missed_of: dict[str, list[bool]] = defaultdict(list)
     alarms = 0
     for clip, found in zip(sentences, answers, strict=True):
         right = [event for event in found if event["keyword"] == clip.label and _near(event, clip)]
         missed[clip.label].append(not right)
+        missed_of[clip.speaker].append(not right)
         alarms += len(found) - len(right)
     hours = sum(clip.duration_s for clip in sentences) / 3600
     return SpotMisses(
         misses=rate_of([miss for misses in missed.values() for miss in misses]),
         by_word={word: rate_of(misses) for word, misses in sorted(missed.items())},
+        by_speaker={name: rate_of(misses) for name, misses in sorted(missed_of.items())},
         false_alarms_per_hour=alarms / hours if hours else 0.0,
     )
 

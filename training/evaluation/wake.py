@@ -85,7 +85,7 @@ def wake_misses(
             scores = found.get(word, [])
             if isinstance(item, Clip) and item.corpus == WAKE_CORPUS and item.label == word:
                 hits.append(max(scores, default=-np.inf))
-            elif not (isinstance(item, Clip) and _holds(item, word)):
+            elif not (isinstance(item, Clip) and holds(item, word)):
                 alarms.extend(scores)
                 seconds += item.duration_s
         hours.append(seconds / 3600)
@@ -95,8 +95,26 @@ def wake_misses(
     return WakeMisses(misses, by_word, min(hours, default=0.0))
 
 
-def _holds(clip: Clip, word: str) -> bool:
-    """Whether the word is said somewhere in a clip that is not one of its own."""
+def wake_shipped(plan: WakeAudio, heard: Sequence[Found], thresholds: Mapping[str, float]) -> tuple[WakeMisses, float]:
+    """Misses at these thresholds, none of which was read off this audio, and false alarms of a word in an hour."""
+    hits: dict[str, list[bool]] = {word: [] for word in plan.words}
+    alarms = 0
+    hours: dict[str, float] = dict.fromkeys(plan.words, 0.0)
+    for item, found in zip(plan.audio, heard, strict=True):
+        for word in plan.words:
+            passing = sum(score >= thresholds[word] for score in found.get(word, ()))
+            if isinstance(item, Clip) and item.corpus == WAKE_CORPUS and item.label == word:
+                hits[word].append(not passing)
+            elif not (isinstance(item, Clip) and holds(item, word)):
+                alarms += passing
+                hours[word] += item.duration_s / 3600
+    by_word = {word: rate_of(missed) for word, missed in hits.items()}
+    misses = Rate(sum(rate.hits for rate in by_word.values()), sum(rate.total for rate in by_word.values()))
+    return WakeMisses(misses, by_word, min(hours.values(), default=0.0)), alarms / max(sum(hours.values()), 1e-9)
+
+
+def holds(clip: Clip, word: str) -> bool:
+    """Whether the word, `language:text`, is said somewhere in a clip."""
     language, text = word.split(":", 1)
     if clip.language != language and clip.corpus != "precise":
         return False
