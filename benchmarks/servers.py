@@ -134,6 +134,18 @@ def peer(name: str, bundle: Bundle) -> Iterator[Server]:
 
 
 @contextmanager
+def empty() -> Iterator[Server]:
+    """The same server and event loop around an application that does nothing."""
+    port = free_port()
+    command = [
+        sys.executable, "-m", "uvicorn", "benchmarks.peer_empty:app", "--port", str(port), "--no-access-log",
+        "--lifespan", "off", "--http", "httptools", "--loop", "uvloop",
+    ]  # fmt: skip
+    with _process(command, dict(os.environ), f"http://127.0.0.1:{port}/") as process:
+        yield Server(port, process.pid, "/")
+
+
+@contextmanager
 def _process(command: list[str], environment: dict[str, str], probe: str) -> Iterator[subprocess.Popen[bytes]]:
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(

@@ -148,13 +148,17 @@ async def run(port: int, audio: bytes, streams: int, warm_up_s: float, measure_s
     }
 
 
+# Before anything is measured, and while it is.
+WARM_UP_S, MEASURE_S = 4.0, 10.0
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("port", type=int)
     parser.add_argument("file", type=Path)
     parser.add_argument("--streams", type=int, default=100)
-    parser.add_argument("--warm-up-s", type=float, default=4.0)
-    parser.add_argument("--measure-s", type=float, default=10.0)
+    parser.add_argument("--warm-up-s", type=float, default=WARM_UP_S)
+    parser.add_argument("--measure-s", type=float, default=MEASURE_S)
     given = parser.parse_args()
     samples, rate_hz = soundfile.read(given.file, dtype="float32")
     audio = (soxr.resample(samples, rate_hz, RATE_HZ).clip(-1, 1) * 32767).astype("<i2").tobytes()
