@@ -70,6 +70,7 @@ def create_app(settings: Settings) -> FastAPI:
             yield
         finally:
             watching.cancel()
+            await asyncio.wait((watching,))
             runtime.draining = True
             runtime.closed = await asyncio.to_thread(runtime.close, CLOSE_S)
 

@@ -31,6 +31,7 @@ from service.queueing import (
     AbandonedError,
     CallFailedError,
     ClosedError,
+    Entry,
     ExpiredError,
     Limits,
     Observer,
@@ -55,6 +56,8 @@ STANDBY_S = 0.010
 SUPERVISION_S = 0.5
 # After a worker died or hung, so that whoever asks every few seconds whether to send requests here sees it.
 UNREADY_S = 5.0
+# So many calls in a row that raise are the same to whoever asks: one or two may have been the fault of what came.
+FAILING_CALLS = 3
 # With this many threads stuck in calls that never end, only a new process helps.
 MOST_STUCK = 4
 
@@ -62,27 +65,11 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
-class _Entry(Generic[Item, Result]):
-    item: Item
-    group: Hashable
-    size: float
-    cost_s: float  # predicted
-    turn: float  # least goes first
-    gather_s: float
-    deadline: float
-    enqueued: float
-    abandoned: Callable[[], bool]
-    loop: asyncio.AbstractEventLoop
-    future: asyncio.Future[Timed[Result]]
-    done: bool = field(default=False)
-
-
-@dataclass(slots=True, eq=False)
 class _Worker(Generic[Item, Result]):
     """A thread and the batch it is at. `given_up` means that what it still brings is not wanted."""
 
     thread: threading.Thread | None = None
-    batch: list[_Entry[Item, Result]] = field(default_factory=list)
+    batch: list[Entry[Item, Result]] = field(default_factory=list)
     since: float = 0.0
     given_up: bool = False
 
@@ -111,7 +98,7 @@ class Batcher(Generic[Item, Result]):
         self._observer = observer
         self._clock = clock
         self._wake = threading.Condition()
-        self._waiting: list[_Entry[Item, Result]] = []
+        self._waiting: list[Entry[Item, Result]] = []
         self._waiting_size = 0.0
         # When an idle worker looks again by itself.
         self._looks_at = float("inf")
@@ -120,6 +107,7 @@ class Batcher(Generic[Item, Result]):
         self._workers: list[_Worker[Item, Result]] = []
         self._stuck: list[_Worker[Item, Result]] = []
         self._failed_at = float("-inf")
+        self._raised, self._raised_at = 0, float("-inf")
         self._stop = threading.Event()
         for _ in range(workers):
             self._start_worker()
@@ -149,7 +137,7 @@ class Batcher(Generic[Item, Result]):
         with self._wake:
             cost_s = size * self._rate(group)
             turn, future = now + priority.value, loop.create_future()
-            entry = _Entry[Item, Result](
+            entry = Entry[Item, Result](
                 item, group, size, cost_s, turn, gather_s, deadline, now, abandoned, loop, future
             )
             self._admit(entry, now)
@@ -168,12 +156,13 @@ class Batcher(Generic[Item, Result]):
 
     @property
     def alive(self) -> bool:
-        """Whether every worker that should run does, and none failed lately."""
+        """Whether every worker that should run does, none failed lately, and calls do not raise one after another."""
         with self._wake:
+            failed_at = max(self._failed_at, self._raised_at if self._raised >= FAILING_CALLS else float("-inf"))
             return (
                 not self._closing
                 and self._supervisor.is_alive()
-                and self._clock() - self._failed_at >= UNREADY_S
+                and self._clock() - failed_at >= UNREADY_S
                 and not any(worker.stopped or self._hangs(worker) for worker in self._workers)
             )
 
@@ -199,9 +188,9 @@ class Batcher(Generic[Item, Result]):
                 worker.given_up = True
                 leftover += worker.batch
         for entry in leftover:
-            self._finish(entry, ClosedError("the service is shutting down"))
+            entry.finish(ClosedError("the service is shutting down"))
 
-    def _admit(self, entry: _Entry[Item, Result], now: float) -> None:
+    def _admit(self, entry: Entry[Item, Result], now: float) -> None:
         if self._closing:
             raise ClosedError("the service is shutting down")
         # A worker may still hold what it has answered already.
@@ -251,7 +240,7 @@ class Batcher(Generic[Item, Result]):
             except BaseException:
                 # Even a worker that dies answers for what it took; the supervisor starts another.
                 for entry in batch:
-                    self._finish(entry, CallFailedError("the worker died"))
+                    entry.finish(CallFailedError("the worker died"))
                 raise
             finally:
                 with self._wake:
@@ -268,21 +257,21 @@ class Batcher(Generic[Item, Result]):
         least_s = 0.0 if busy < self._ready_workers else STANDBY_S
         return min((entry.enqueued + max(entry.gather_s, least_s) for entry in self._waiting), default=float("inf"))
 
-    def _take(self) -> list[_Entry[Item, Result]]:
+    def _take(self) -> list[Entry[Item, Result]]:
         """The item whose turn it is and others that may share its call, within the limits; expired ones are
         answered."""
         now = self._clock()
-        standing: list[_Entry[Item, Result]] = []
+        standing: list[Entry[Item, Result]] = []
         for entry in self._waiting:
             if entry.deadline <= now:
                 self._observer.dropped("expired")
-                self._finish(entry, ExpiredError("the deadline passed in the queue"))
+                entry.finish(ExpiredError("the deadline passed in the queue"))
             elif entry.future.cancelled() or entry.abandoned():
                 self._observer.dropped("abandoned")
-                self._finish(entry, AbandonedError("nobody waits for it any more"))
+                entry.finish(AbandonedError("nobody waits for it any more"))
             else:
                 standing.append(entry)
-        batch: list[_Entry[Item, Result]] = []
+        batch: list[Entry[Item, Result]] = []
         # A burst is shared out among the workers that have nothing to do, this one included.
         free = self._ready_workers - sum(bool(worker.batch) for worker in self._workers)
         most = min(self._limits.max_batch, -(-len(standing) // max(1, free)))
@@ -306,7 +295,7 @@ class Batcher(Generic[Item, Result]):
         self._report_queue()
         return batch
 
-    def _run(self, worker: _Worker[Item, Result], batch: list[_Entry[Item, Result]]) -> None:
+    def _run(self, worker: _Worker[Item, Result], batch: list[Entry[Item, Result]]) -> None:
         start, tick = self._clock(), time.perf_counter()
         try:
             results = self._call([entry.item for entry in batch])
@@ -315,19 +304,23 @@ class Batcher(Generic[Item, Result]):
         except Exception as error:
             log.exception("batched call failed")
             self._observer.worker_failed("call")
+            with self._wake:
+                self._raised, self._raised_at = self._raised + 1, self._clock()
             for entry in batch:
                 failure = CallFailedError("the call failed")
                 failure.__cause__ = error
-                self._finish(entry, failure)
+                entry.finish(failure)
             return
         call_s = time.perf_counter() - tick
         if worker.given_up:
             return
+        with self._wake:
+            self._raised = 0
         size, area = sum(entry.size for entry in batch), max(entry.size for entry in batch) * len(batch)
         self._learn_speed(batch[0].group, call_s, area)
         self._observer.batch_run(len(batch), size, area, call_s)
         for entry, result in zip(batch, results, strict=True):
-            self._finish(entry, Timed(result, max(0.0, start - entry.enqueued), call_s))
+            entry.finish(Timed(result, max(0.0, start - entry.enqueued), call_s))
 
     def _learn_speed(self, group: Hashable, call_s: float, area: float) -> None:
         rate = call_s / max(area, 1e-9)
@@ -342,24 +335,7 @@ class Batcher(Generic[Item, Result]):
         with self._wake:
             self._seconds_per_size = {group: rate for group, rate in self._seconds_per_size.items() if not gone(group)}
 
-    def _finish(self, entry: _Entry[Item, Result], outcome: Timed[Result] | Exception) -> None:
-        """Deliver on the submitter's loop, once; a submitter that is gone takes nothing with it."""
-        entry.done = True
-
-        def deliver() -> None:
-            if entry.future.done():
-                return
-            if isinstance(outcome, Exception):
-                entry.future.set_exception(outcome)
-            else:
-                entry.future.set_result(outcome)
-
-        try:
-            entry.loop.call_soon_threadsafe(deliver)
-        except RuntimeError:
-            log.warning("a result arrived after its event loop was closed")
-
-    def _withdraw(self, entry: _Entry[Item, Result]) -> None:
+    def _withdraw(self, entry: Entry[Item, Result]) -> None:
         with self._wake:
             if entry in self._waiting:
                 self._observer.dropped("expired" if entry.deadline <= self._clock() else "abandoned")
@@ -381,7 +357,7 @@ class Batcher(Generic[Item, Result]):
                     worker.given_up = True
                     self._stuck.append(worker)
                     for entry in worker.batch:
-                        self._finish(entry, CallFailedError(f"the call hung for {self._limits.hang_s:g} s"))
+                        entry.finish(CallFailedError(f"the call hung for {self._limits.hang_s:g} s"))
                     self._replace(worker, "hang")
                 for worker in [worker for worker in self._workers if worker.stopped]:
                     self._replace(worker, "restart")

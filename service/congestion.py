@@ -17,6 +17,9 @@ FEW = 64
 PACE_MEMORY = 0.02
 # One stall of the machine says little about the answers after it.
 LONGEST_GAP_S = 0.25
+# Nothing is under way for longer than its deadline by our doing. What a crowd that was answered nothing for so long
+# waits for is unknown, and the pace before says ever less: refused requests teach no other.
+STALE_S = 10.0
 # Of the time a client gives, what the wait may take. As much again passes before a head is read and after the answer is
 # there, and the pace is an estimate: with a half, at twice the capacity, a fourth of what was accepted came too late.
 SHARE = 0.25
@@ -30,13 +33,17 @@ class Congestion:
         self._under_way = 0
         self._between_s = 0.0
         self._last: float | None = None
+        # When the crowd came together or had its latest answer.
+        self._heard = 0.0
 
     def begin(self) -> None:
         """A request is there as a whole."""
         self._under_way += 1
+        if self._under_way == FEW:
+            self._heard = self._clock()
 
     def end(self) -> None:
-        """It was answered, or its client went away."""
+        """Its answer begins, or its client went away. How fast a client reads is not our pace."""
         many = self._under_way >= FEW
         self._under_way -= 1
         if not many:
@@ -44,11 +51,16 @@ class Congestion:
             self._last = None
             return
         now = self._clock()
+        self._between_s = self._pace_s(now)
         if self._last is not None:
             self._between_s += PACE_MEMORY * (min(now - self._last, LONGEST_GAP_S) - self._between_s)
-        self._last = now
+        self._last = self._heard = now
 
     @property
     def wait_s(self) -> float:
         """How long a request that comes in now would be under way; 0 while there are few."""
-        return self._under_way * self._between_s if self._under_way >= FEW else 0.0
+        return self._under_way * self._pace_s(self._clock()) if self._under_way >= FEW else 0.0
+
+    def _pace_s(self, now: float) -> float:
+        """Between two answers; once stale, half as long after each `STALE_S`."""
+        return float(self._between_s * 0.5 ** max(0.0, (now - self._heard) / STALE_S - 1.0))

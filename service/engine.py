@@ -36,7 +36,8 @@ MEMORY_FACTOR = 3
 FLOAT_BYTES = {"float32": 1, "int8": 4}
 # (seconds, clips) run before the first caller comes, the largest batch in place of None.
 WARM_UP = ((1.0, 1), (1.0, None), (4.0, 2), (10.0, 1))
-# The same for streams: what a microphone brings at a time, and what a file sent faster than it plays does.
+# The same for streams, alone and in the largest batch: what a microphone brings at a time, and what a file sent faster
+# than it plays does.
 WARM_UP_FRAMES = (5, 40)
 
 
@@ -173,7 +174,8 @@ class Engine:
         if self.streaming is not None:
             for frames in WARM_UP_FRAMES:
                 quiet = np.zeros(frames * self.streaming.hop, dtype=np.float32)
-                self.streaming.run([Chunk(self.streaming.begin(), quiet)])
+                for count in (1, largest_batch):
+                    self.streaming.run([Chunk(self.streaming.begin(), quiet)] * count)
 
     def _resident_bytes(self, graph: bytes) -> int:
         weights = 1 if computes_in_eight_bits(graph) else FLOAT_BYTES[self.manifest.graph.weights]

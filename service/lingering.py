@@ -1,4 +1,4 @@
-"""The end of a connection whose client is still sending (RFC 9112, section 9.6).
+"""The end of a connection whose client is still sending (RFC 9112, section 9.6), and how much a client has taken.
 
 Closing a socket with bytes unread resets its connection, and a client that has not read yet loses what was written
 before: why its upload is refused, why its stream has ended. So we say that nothing more will come and read on for a
@@ -30,12 +30,17 @@ class Parting(Protocol):
 
 
 class LingeringTransport:
-    """A transport whose `close` lets the client hear the last word; otherwise the one it is given."""
+    """A transport whose `close` lets the client hear the last word, and that counts what is written; otherwise the one
+    it is given."""
 
-    def __init__(self, transport: Any, protocol: Parting) -> None:
+    def __init__(self, transport: Any, protocol: Parting, *, least_rate: int = 0) -> None:
+        """`least_rate`, in bytes a second, is what a client has to take of what is written, whichever protocol writes;
+        who looks is `unread.py`."""
+        self.least_rate = least_rate
         self._transport = transport
         self._protocol = protocol
         self._parted = False
+        self._written_bytes = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
@@ -46,7 +51,13 @@ class LingeringTransport:
 
     def write(self, data: bytes) -> None:
         if not self._parted:
+            self._written_bytes += len(data)
             self._transport.write(data)
+
+    @property
+    def taken_bytes(self) -> int:
+        """Written, and no longer in memory here."""
+        return self._written_bytes - int(self._transport.get_write_buffer_size())
 
     def is_closing(self) -> bool:
         return self._parted or self._transport.is_closing()

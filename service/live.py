@@ -17,6 +17,7 @@ class LiveStreams:
 
     def __init__(self, gauge: Gauge) -> None:
         self._count = 0
+        self._ending = False
         self._finishes: set[Callable[[], None]] = set()
         gauge.set_function(lambda: self._count)
 
@@ -34,17 +35,20 @@ class LiveStreams:
 
     @contextmanager
     def finishing(self, finish: Callable[[], None]) -> Iterator[None]:
-        """Around what can be asked by `finish` to end in good order."""
+        """Around what can be asked by `finish` to end in good order; it is at once where all were asked before."""
         self._finishes.add(finish)
+        if self._ending:
+            finish()
         try:
             yield
         finally:
             self._finishes.discard(finish)
 
     async def finish(self, patience_s: float) -> None:
-        """Ask all of them, and wait so long at most."""
+        """Ask all of them, and those still being accepted when they are; wait so long at most."""
+        self._ending = True
         for finish in list(self._finishes):
             finish()
         end = time.monotonic() + patience_s
-        while self._finishes and time.monotonic() < end:
+        while self._count and time.monotonic() < end:
             await asyncio.sleep(LOOK_EVERY_S)

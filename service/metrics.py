@@ -34,7 +34,7 @@ class Metrics:
         )
         self.stage_duration = Histogram(
             "sotto_stage_duration_seconds",
-            "Time one request spent in one stage.",
+            "Time one request, or each of its clips, spent in one stage.",
             ("stage",),
             buckets=STAGE_BUCKETS_S,
             registry=registry,
@@ -73,10 +73,10 @@ class Metrics:
             "sotto_enrolment_clips_total", "Enrolment clips by outcome.", ("outcome",), registry=registry
         )
         self.worker_failures = Counter(
-            "sotto_worker_failures_total", "Graph calls that raised or hung, and workers that died.",
+            "sotto_worker_failures_total", "Graph calls that raised or hung, workers that died, decoders that hung.",
             ("kind",), registry=registry,
         )  # fmt: skip
-        for kind in ("call", "restart", "hang"):
+        for kind in ("call", "restart", "hang", "decode"):
             self.worker_failures.labels(kind)
         self.dropped = Counter(
             "sotto_dropped_total", "Clips taken from the queue without a graph call.", ("reason",), registry=registry
@@ -92,8 +92,10 @@ class Metrics:
         )  # fmt: skip
         self.streams = Gauge("sotto_streams", "WebSocket streams open.", registry=registry)
         self.stream_delay = Histogram(
-            "sotto_stream_delay_seconds", "From a message that completes a window to its detections.",
-            buckets=STAGE_BUCKETS_S, registry=registry,
+            "sotto_stream_delay_seconds",
+            "From when a message that completes a window came to its detections. One that was there before it could be "
+            "read came when a microphone would have sent it, its own length after the one before, at the latest.",
+            buckets=REQUEST_BUCKETS_S, registry=registry,
         )  # fmt: skip
         self.model = Info("sotto_model", "The default model.", registry=registry)
 

@@ -12,7 +12,7 @@ from service.errors import ServiceError, problem_response
 from service.intake import Uploads
 from service.journal import Journal
 from service.metrics import UNMATCHED, Metrics
-from service.protocol import ABANDONED, REQUEST_ID, own_request_id
+from service.protocol import ABANDONED, ANSWERING, REQUEST_ID, own_request_id
 from service.timing import StageClock
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ class RequestFrame:
         state = scope.setdefault("state", {})
         clock = StageClock(self._metrics, state.get(ABANDONED, lambda: False))
         state["clock"] = clock
+        answering = state.get(ANSWERING, lambda: None)
         request_id = own_request_id(Headers(scope=scope).get(REQUEST_ID, ""))
         status = 500
         started = False
@@ -48,6 +49,8 @@ class RequestFrame:
                 headers[REQUEST_ID] = request_id
                 took_ms = (time.perf_counter() - start) * 1000
                 headers["Server-Timing"] = clock.header() if clock.durations_s else f"total;dur={took_ms:.1f}"
+                # Before it is sent, which waits for a client that does not read.
+                answering()
             await send(message)
 
         try:

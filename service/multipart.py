@@ -5,15 +5,18 @@ The parser is python-multipart's; nothing is spooled to disk and the number of p
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from service.errors import MalformedBodyError
+from service.errors import DeadlineExceededError, MalformedBodyError
 
 AUDIO_PART = b"audio"
 MOST_HEADER_BYTES = 4096
+# Parsed between two looks at the clock: a tenth of a second at worst, where every few bytes are almost a boundary.
+PIECE_BYTES = 2**18
 
 
 @dataclass(slots=True)
@@ -22,13 +25,14 @@ class _Part:
     data: bytearray = field(default_factory=bytearray)
 
 
-def audio_parts(body: bytes, content_type: str, *, at_most: int) -> list[tuple[bytes, str]]:
-    """(bytes, content type) of every part named `audio`, in order. Raises MalformedBodyError."""
+def audio_parts(body: bytes, content_type: str, *, at_most: int, deadline: float) -> list[tuple[bytes, str]]:
+    """(bytes, content type) of every part named `audio`, in order. Blocking. Raises MalformedBodyError, and
+    DeadlineExceededError where it takes until after `deadline`, on time.monotonic."""
     _, options = parse_options_header(content_type)
     boundary = options.get(b"boundary")
     if not boundary:
         raise MalformedBodyError("multipart/form-data without a boundary")
-    parts = _parse(body, boundary, at_most=at_most)
+    parts = _parse(body, boundary, at_most=at_most, deadline=deadline)
     found = []
     for part in parts:
         _, disposition = parse_options_header(part.headers.get(b"content-disposition", b""))
@@ -40,7 +44,7 @@ def audio_parts(body: bytes, content_type: str, *, at_most: int) -> list[tuple[b
     return found
 
 
-def _parse(body: bytes, boundary: bytes, *, at_most: int) -> list[_Part]:
+def _parse(body: bytes, boundary: bytes, *, at_most: int, deadline: float) -> list[_Part]:
     parts: list[_Part] = []
     name, value = bytearray(), bytearray()
     ended = False
@@ -86,7 +90,10 @@ def _parse(body: bytes, boundary: bytes, *, at_most: int) -> list[_Part]:
                 "on_end": finish,
             },
         )
-        parser.write(body)
+        for first in range(0, len(body), PIECE_BYTES):
+            if first and time.monotonic() >= deadline:
+                raise DeadlineExceededError("the deadline passed while the form was parsed")
+            parser.write(body[first : first + PIECE_BYTES])
         parser.finalize()
     except FormParserError as error:
         raise MalformedBodyError(f"the form does not parse: {error}") from error

@@ -1,8 +1,9 @@
 """HTTP/1.1 and WebSockets with clients that are slow, greedy or many. uvicorn bounds none of these by itself:
 
-a head that trickles in or has no end, a body slower than `least_body_rate`, an answer that nobody reads, more
-connections than `limit_connections`, past which only probes and metrics are answered (past twice as many, nothing), and
-more requests than can be answered in time: those are turned away at their head (`congestion.py`).
+a head that trickles in or has no end, trailers without end, a body slower than `least_body_rate`, an answer read more
+slowly than that or not at all (`unread.py`), more connections than `limit_connections`, past which only probes and
+metrics are answered (past twice as many, nothing), and more requests than can be answered in time: those are turned
+away at their head (`congestion.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import random
 import re
 import weakref
 from collections.abc import Collection
-from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -34,19 +34,22 @@ from service.errors import (
 from service.intake import TIMEOUT_HEADER, time_given_s
 from service.lingering import LingeringTransport
 from service.metrics import UNMATCHED, Metrics
+from service.refusals import in_full, too_many
 from service.settings import Settings
+from service.unread import Readers
 
 if TYPE_CHECKING:
     from asyncio import TimerHandle
 
-# Request line and headers; nginx allows as much. A head that comes in one piece may be longer by that piece.
+# Request line and headers, or trailers; nginx allows as much. What comes in one piece may be longer by that piece.
 MOST_HEAD_BYTES = 32 * 1024
 # A body may begin slowly: connections have to find their speed.
 BODY_GRACE_S = 5.0
 BODY_LOOK_EVERY_S = 1.0
-RETRY_AFTER_S = 2.0
 # In a request's state: says whether its client has gone.
 ABANDONED = "abandoned"
+# In a request's state: to be called when its answer begins.
+ANSWERING = "answering"
 # Answered however many connections there are, or Kubernetes would restart a service for being popular.
 ALWAYS_ANSWERED = frozenset(("/healthz", "/readyz", "/metrics"))
 # What is turned away may be read to its end, so that the client keeps its connection, if it is no longer than this.
@@ -91,7 +94,8 @@ class BoundedHttp(HttpToolsProtocol):
         self._upgraded = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
-        super().connection_made(LingeringTransport(transport, self))  # type: ignore[arg-type]  # all that is asked of one
+        lingering = LingeringTransport(transport, self, least_rate=self.bounds.least_body_rate)
+        super().connection_made(lingering)  # type: ignore[arg-type]  # all that is asked of one
         if len(self.connections) > NOT_ACCEPTED * self.bounds.limit_connections:
             transport.abort()
             return
@@ -104,8 +108,9 @@ class BoundedHttp(HttpToolsProtocol):
         super().data_received(data)
         if self._upgraded:
             return
-        if self._in_head and self._head_bytes > MOST_HEAD_BYTES:
-            self._refuse(HeadTooLargeError(f"request line and headers take more than {MOST_HEAD_BYTES} bytes"))
+        if self._head_bytes > MOST_HEAD_BYTES:
+            what = "request line and headers take" if self._in_head else "what is no body takes"
+            self._refuse(HeadTooLargeError(f"{what} more than {MOST_HEAD_BYTES} bytes"))
         # Bytes stop uvicorn's timer of idle connections. Where they began no request (an empty line, the rest of a
         # body whose answer is out), nothing else would ever end this one.
         waits = (self.cycle is None or self.cycle.response_complete) and not self.pipeline
@@ -121,8 +126,14 @@ class BoundedHttp(HttpToolsProtocol):
         if self._receiving is None:
             self._wait_for_head()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        # Trailers are none of the head's: its checks have passed (RFC 9110, section 6.5.1).
+        if self._in_head:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         self._in_head = False
+        self._head_bytes = 0
         self._stop()
         if self.transport.is_closing():
             # Behind one that was refused: nobody will hear an answer.
@@ -132,7 +143,7 @@ class BoundedHttp(HttpToolsProtocol):
         if self.parser.should_upgrade() and self._should_upgrade():
             if crowded:
                 self._in_head = True
-                self._refuse(_crowd(), "GET")
+                self._refuse(too_many(), "GET")
             super().on_headers_complete()
             return
         self._body_bytes, self._body_since = 0, self.loop.time()
@@ -149,11 +160,21 @@ class BoundedHttp(HttpToolsProtocol):
         finally:
             self.app = app
         # Weak, or every request would be a cycle of references for the collector.
-        cycle = weakref.ref(self.cycle)
-        self.scope["state"][ABANDONED] = lambda: (found := cycle()) is None or found.disconnected
+        cycle, count_out = weakref.ref(self.cycle), weakref.WeakMethod(self._count_out)
+
+        def answering() -> None:
+            if found := count_out():
+                found()
+
+        self.scope["state"] |= {
+            ABANDONED: lambda: (found := cycle()) is None or found.disconnected,
+            ANSWERING: answering,
+        }
 
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)
+        # From here on of what follows: extensions of chunks, trailers.
+        self._head_bytes = 0
         if not self._turned_away:
             super().on_body(body)
 
@@ -166,15 +187,15 @@ class BoundedHttp(HttpToolsProtocol):
             self._await_next()
             return
         # Where it was answered at its head there is nothing more to wait for. A connection's requests are answered one
-        # after the other, so they count as one: thousands of them in one piece are no crowd.
-        if not self._under_way and self.cycle is not None and not self.cycle.response_complete:
-            self._under_way = True
-            self.congestion.begin()
+        # after the other, so one at a time counts: thousands of them in one piece are no crowd.
+        if not self.pipeline and self.cycle is not None and not self.cycle.response_started:
+            self._count_in()
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        if not self.pipeline:
-            self._count_out()
+        self._count_out()
+        if self.pipeline and not self.pipeline[-1][0].more_body:
+            self._count_in()
         super().on_response_complete()
 
     def handle_websocket_upgrade(self) -> None:
@@ -221,6 +242,11 @@ class BoundedHttp(HttpToolsProtocol):
             return
         self._receiving = self.loop.call_later(BODY_LOOK_EVERY_S, self._look_at_body)
 
+    def _count_in(self) -> None:
+        if not self._under_way and not self.transport.is_closing():
+            self._under_way = True
+            self.congestion.begin()
+
     def _count_out(self) -> None:
         if self._under_way:
             self._under_way = False
@@ -256,8 +282,8 @@ class BoundedHttp(HttpToolsProtocol):
             self.metrics.rejects.labels(error.code).inc()
         cycle = self.cycle
         silent = cycle is not None and (not cycle.response_complete if self._in_head else cycle.response_started)
-        if not silent and not self._turned_away:
-            self.transport.write(_answer(error, "", close=True))
+        if not silent and not self.pipeline and not self._turned_away:
+            self.transport.write(in_full(error, "", {REQUEST_ID: own_request_id("")}, close=True))
         self.transport.close()
 
     def _turn_away(self, wait_s: float) -> bool:
@@ -284,13 +310,13 @@ class BoundedHttp(HttpToolsProtocol):
             self._count(error, method)
             path = self.url.partition(b"?")[0].decode("latin-1")
             given = headers.get(REQUEST_ID.lower(), "")
-            self.transport.write(_answer(error, path, close=False, request_id=given))
+            self.transport.write(in_full(error, path, {REQUEST_ID: own_request_id(given)}, close=False))
         self._turned_away = True
         return True
 
     async def _refuse_crowd(self, scope: Any, receive: Any, send: Any) -> None:
         """An ASGI application that is always full."""
-        error = _crowd()
+        error = too_many()
         self._count(error, scope.get("method", ""))
         response = problem_response(error, scope.get("path", ""))
         response.headers["connection"] = "close"
@@ -355,44 +381,20 @@ class BoundedStream(WebSocketsSansIOProtocol):
 
 
 async def cut_off_unread(connections: Collection[Any], timeout_s: float) -> None:
-    """For ever: abort connections whose client takes nothing of what is written for `timeout_s`. A transport that was
-    closed waits for that client as well."""
-    waiting: weakref.WeakKeyDictionary[Any, tuple[int, float]] = weakref.WeakKeyDictionary()
-    loop = asyncio.get_running_loop()
+    """For ever: abort connections whose client takes too little of what is written, each time for `timeout_s`. A
+    transport that was closed waits for that client as well."""
+    readers = Readers(timeout_s, asyncio.get_running_loop().time)
     while True:
         await asyncio.sleep(min(UNREAD_LOOK_EVERY_S, timeout_s / 2))
-        now = loop.time()
-        for connection in list(connections):
-            transport = connection.transport
-            size = 0 if transport is None else transport.get_write_buffer_size()
-            before, since = waiting.get(connection, (size, now))
-            if size == 0:
-                waiting.pop(connection, None)
-            elif size < before:
-                waiting[connection] = (size, now)
-            else:
-                waiting[connection] = (size, since)
-                greedy = isinstance(connection, BoundedStream) and size > MOST_UNREAD_BYTES
-                if greedy or now - since >= timeout_s:
-                    transport.abort()
-
-
-def _answer(error: ServiceError, path: str, *, close: bool, request_id: str = "") -> bytes:
-    """The whole response; what gives it has no ASGI application to ask."""
-    response = problem_response(error, path)
-    response.headers[REQUEST_ID] = own_request_id(request_id)
-    if close:
-        response.headers["connection"] = "close"
-    status = HTTPStatus(error.status)
-    lines = [f"HTTP/1.1 {status.value} {status.phrase}".encode()]
-    lines += [name + b": " + text for name, text in response.raw_headers]
-    return b"\r\n".join([*lines, b"", bytes(response.body)])
+        found = list(connections)
+        slow = set(readers.too_slow(found))
+        for connection in found:
+            unread_bytes = connection.transport.get_write_buffer_size()
+            greedy = isinstance(connection, BoundedStream) and unread_bytes > MOST_UNREAD_BYTES
+            if greedy or connection in slow:
+                connection.transport.abort()
 
 
 def own_request_id(offered: str) -> str:
     """What the client calls its request, if that is plain; otherwise one of ours."""
     return offered if _PLAIN_ID.fullmatch(offered) else f"{random.getrandbits(128):032x}"
-
-
-def _crowd() -> OverloadedError:
-    return OverloadedError("too many connections are open", retry_after_s=RETRY_AFTER_S)

@@ -1,12 +1,18 @@
-"""What waits in the batcher's queue may ask for, and how it may end."""
+"""What waits in the batcher's queue, what it may ask for, and how it may end."""
 
 from __future__ import annotations
 
+import asyncio
 import enum
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+log = logging.getLogger(__name__)
 
 
 class Priority(enum.Enum):
@@ -60,6 +66,41 @@ class Timed(Generic[Result]):
     value: Result
     queue_s: float
     call_s: float
+
+
+@dataclass(slots=True, eq=False)
+class Entry(Generic[Item, Result]):
+    """An item that waits or is in its call, and who waits for it."""
+
+    item: Item
+    group: Hashable
+    size: float
+    cost_s: float  # predicted
+    turn: float  # least goes first
+    gather_s: float
+    deadline: float
+    enqueued: float
+    abandoned: Callable[[], bool]
+    loop: asyncio.AbstractEventLoop
+    future: asyncio.Future[Timed[Result]]
+    done: bool = field(default=False)
+
+    def finish(self, outcome: Timed[Result] | Exception) -> None:
+        """Deliver on the submitter's loop, once; a submitter that is gone takes nothing with it."""
+        self.done = True
+
+        def deliver() -> None:
+            if self.future.done():
+                return
+            if isinstance(outcome, Exception):
+                self.future.set_exception(outcome)
+            else:
+                self.future.set_result(outcome)
+
+        try:
+            self.loop.call_soon_threadsafe(deliver)
+        except RuntimeError:
+            log.warning("a result arrived after its event loop was closed")
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,22 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Hashable, Iterable, Sequence
+from collections.abc import Coroutine, Hashable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, TypeVar
-
-import numpy as np
-import numpy.typing as npt
 
 from model_store import Bundle, LocalStore, StoreError
 from model_store.graph import part_of
 from model_store.inference import is_available
-from model_store.streaming import ENDLESS, Chunk, Progress, StreamingGraph
+from model_store.streaming import ENDLESS, Chunk
 from service import audio
 from service.auth import Authenticator
 from service.batching import Batcher
 from service.deadlines import until, within
+from service.decoders import INLINE_BYTES, Decoders
 from service.engine import PARTS, Engine, Outputs, Part, Task
 from service.errors import (
     ClientGoneError,
@@ -29,6 +26,7 @@ from service.errors import (
     OverloadedError,
 )
 from service.intake import Clip, Uploads
+from service.jobs import Advanced, BatchObserver, Job, Step, run_batch
 from service.live import LiveStreams
 from service.metrics import Metrics
 from service.models import Models
@@ -50,8 +48,6 @@ from service.speakers.threads import ProfileThreads
 from service.timing import StageClock
 
 T = TypeVar("T")
-# Two seconds of 16 kHz WAV.
-INLINE_BYTES = 64 * 1024
 DRAIN_RETRY_AFTER_S = 1.0
 LOADING_RETRY_AFTER_S = 2.0
 LAG_EVERY_S = 0.25
@@ -63,55 +59,18 @@ STREAM_GATHER_S = 0.02
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One clip and what is wanted of it."""
-
-    engine: Engine
-    part: Part
-    waveform: audio.Waveform
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """The next chunk of one stream."""
-
-    graph: StreamingGraph
-    chunk: Chunk
-
-
-# What a step gives: logits [T, K], and how far the stream is then.
-Advanced = tuple[npt.NDArray[np.float32], Progress]
-
-
-class BatchObserver:
-    """Reports the batcher into the metrics."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-
-    def batch_run(self, items: int, size: float, area: float, duration_s: float) -> None:  # noqa: ARG002  stages time it
-        self._metrics.batch_size.observe(items)
-        self._metrics.padded_seconds.inc(area - size)
-
-    def queue_changed(self, items: int, size: float) -> None:
-        self._metrics.queue_depth.set(items)
-        self._metrics.queued_audio.set(size)
-
-    def worker_failed(self, kind: str) -> None:
-        self._metrics.worker_failures.labels(kind).inc()
-
-    def dropped(self, reason: str) -> None:
-        self._metrics.dropped.labels(reason).inc()
-
-
 class Runtime:
     """Everything a route needs. `start` before use, `close` after."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.metrics = Metrics()
-        self.uploads = Uploads(settings, self.metrics)
+        self.decoders = Decoders(
+            settings.decode_threads or available_cpus(),
+            hang_s=settings.call_timeout_s,
+            hung=self.metrics.worker_failures.labels("decode").inc,
+        )
+        self.uploads = Uploads(settings, self.metrics, self.decoders)
         self.authenticator = Authenticator(settings)
         self.store = LocalStore(settings.models_dir)
         self.models = Models(
@@ -151,7 +110,7 @@ class Runtime:
             most_bytes=settings.profiles_memory_bytes,
         )
         self.batcher: Batcher[Job | Step, Outputs | Advanced] = Batcher(
-            _run_batch,
+            run_batch,
             workers=callers,
             standby=standby(callers, self.intra_op_threads, cpus) if settings.provider == "cpu" else 0,
             limits=Limits(
@@ -159,7 +118,7 @@ class Runtime:
             ),
             observer=BatchObserver(self.metrics),
         )
-        self.decoders = ThreadPoolExecutor(settings.decode_threads or cpus, thread_name_prefix="decode")
+        self.decoders.start()
         self.profile_threads = ProfileThreads(self.profiles.ping)
         self.spaces = Spaces(self.profiles)
         self.metrics.ready.set(1)
@@ -174,7 +133,7 @@ class Runtime:
         """Finish what is queued, then stop every thread; False where one hangs in the database. Blocking."""
         self.metrics.ready.set(0)
         self.batcher.close(grace_s)
-        self.decoders.shutdown(cancel_futures=True)
+        self.decoders.close(grace_s)
         if not self.profile_threads.close(grace_s):
             return False
         self.profiles.close()
@@ -182,8 +141,12 @@ class Runtime:
 
     def checks(self) -> dict[str, bool]:
         """What readiness depends on, each by itself."""
-        answers = self.profile_threads.answers
-        return {"accepting": not self.draining, "inference": self.batcher.alive, "profiles": answers}
+        return {
+            "accepting": not self.draining,
+            "decoding": self.decoders.alive,
+            "inference": self.batcher.alive,
+            "profiles": self.profile_threads.answers,
+        }
 
     def is_ready(self, checks: dict[str, bool]) -> bool:
         """Whether requests should be sent here."""
@@ -193,7 +156,7 @@ class Runtime:
     @property
     def beyond_repair(self) -> bool:
         """Whether threads hang in calls that never end."""
-        return self.batcher.beyond_repair or self.profile_threads.stuck
+        return self.batcher.beyond_repair or self.decoders.beyond_repair or self.profile_threads.stuck
 
     async def engine_for(self, reference: str | None, deadline: float, *tasks: Task) -> Engine:
         """The engine a `model` parameter names, loaded if need be, that can do these tasks. Raises ServiceError."""
@@ -223,23 +186,35 @@ class Runtime:
             await self.profile_threads.call(lambda: self.spaces.require(engine), deadline)
 
     async def watch(self) -> None:
-        """Beside the requests, as long as the service runs: the event loop's lag, profiles that nobody compares any
-        more, and a default alias that moves."""
+        """Beside the requests, as long as the service runs: the event loop's lag, decoders that hang, profiles that
+        nobody compares any more, and a default alias that moves."""
         refreshed = time.monotonic()
-        while True:
-            due = time.monotonic() + LAG_EVERY_S
-            await asyncio.sleep(LAG_EVERY_S)
-            self.metrics.loop_lag.observe(max(0.0, time.monotonic() - due))
-            self.rosters.expire()
-            self._tell_readiness()
-            every_s = self.settings.models_refresh_s
-            if every_s and time.monotonic() - refreshed > every_s:
-                refreshed = time.monotonic()
-                try:
-                    await self.models.refresh()
-                # A store that cannot be read now must not end this for good.
-                except Exception:
-                    log.exception("the model store could not be looked at")
+        # By itself, since loading takes seconds and a store on a network may not answer.
+        refreshing: asyncio.Task[None] | None = None
+        try:
+            while True:
+                due = time.monotonic() + LAG_EVERY_S
+                await asyncio.sleep(LAG_EVERY_S)
+                self.metrics.loop_lag.observe(max(0.0, time.monotonic() - due))
+                self.decoders.supervise()
+                self.rosters.expire()
+                self._tell_readiness()
+                every_s = self.settings.models_refresh_s
+                busy = refreshing is not None and not refreshing.done()
+                if every_s and time.monotonic() - refreshed > every_s and not busy:
+                    refreshed = time.monotonic()
+                    refreshing = asyncio.create_task(self._refresh())
+        finally:
+            if refreshing is not None:
+                refreshing.cancel()
+                await asyncio.wait((refreshing,))
+
+    async def _refresh(self) -> None:
+        try:
+            await self.models.refresh()
+        # A store that cannot be read now may be read the next time.
+        except Exception:
+            log.exception("the model store could not be looked at")
 
     def _tell_readiness(self) -> None:
         """To the log, and to whoever scrapes metrics without probing."""
@@ -379,14 +354,6 @@ async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         raise
-
-
-def _run_batch(batch: list[Job | Step]) -> Sequence[Outputs | Advanced]:
-    """Of one group: the same engine, and the same part or chunks of the same length."""
-    first = batch[0]
-    if isinstance(first, Step):
-        return first.graph.run([step.chunk for step in batch if isinstance(step, Step)])
-    return first.engine.run([job.waveform for job in batch if isinstance(job, Job)], first.part)
 
 
 def _cheap(clip: Clip) -> bool:

@@ -75,6 +75,14 @@ class Server(uvicorn.Server):
         )
         print(text, flush=True)  # noqa: T201  this is the command's output
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # uvicorn tells the connections that it has: one that is still being taken in would be waited for, untold.
+        for server in self.servers:
+            server.close()
+            await server.wait_closed()
+        self.servers = []
+        await super().shutdown(sockets)
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Unlike uvicorn's own, does not raise the signal again at the end: an orderly stop is no failure."""
@@ -94,6 +102,10 @@ class Server(uvicorn.Server):
             return
         self._runtime.draining = True
         self._runtime.metrics.ready.set(0)
+        # Who keeps a connection is told to open another, elsewhere; it would be closed under a request otherwise.
+        close = (b"connection", b"close")
+        self.config.encoded_headers = [*self.config.encoded_headers, close]
+        self.server_state.default_headers = [*self.server_state.default_headers, close]
         self._stopping = asyncio.get_running_loop().create_task(self._stop_later(number))
 
     async def _stop_later(self, number: signal.Signals) -> None:

@@ -16,6 +16,9 @@ from model_store.inference import Provider
 
 Scope = Literal["infer", "enrol", "admin"]
 PREFIX = "SOTTO_"
+# Two CPUs hear 300 in real time, and 400 late (`benchmarks/results.md`).
+STREAMS_PER_CPU = 150
+CGROUP = Path("/sys/fs/cgroup")
 
 
 class ApiKey(BaseModel):
@@ -75,10 +78,11 @@ class Settings(BaseSettings):
     decode_threads: int = Field(default=0, ge=0, le=256, description="Concurrent decodes; 0: one a CPU.")
     max_batch: int = Field(default=8, ge=1, le=256)
     max_batch_audio_s: float = Field(default=32.0, gt=0, description="Cap on padded audio in one graph call.")
-    call_timeout_s: float = Field(default=30.0, gt=0, description="A graph call that takes longer is given up.")
+    call_timeout_s: float = Field(
+        default=30.0, gt=0, description="A graph call or a decoder that takes longer is given up."
+    )
     max_queued_audio_s: float = Field(default=1200.0, gt=0, description="Beyond this much waiting audio: 503.")
 
-    max_streams: int = Field(default=200, ge=0, description="WebSocket streams open at once.")
     stream_message_bytes: int = Field(
         default=2**18, ge=1024, description="Largest message on a stream; each may keep one in memory."
     )
@@ -96,6 +100,11 @@ class Settings(BaseSettings):
     shutdown_grace_s: float = Field(default=20.0, gt=0, description="Longest drain after SIGTERM.")
     shutdown_delay_s: float = Field(default=0.0, ge=0, description="Serve on, not ready, this long after SIGTERM.")
     limit_connections: int = Field(default=1000, ge=1, description="Past this many, only probes and metrics.")
+    max_streams: int = Field(
+        default_factory=lambda given: _streams_of_a_machine(given["limit_connections"]),
+        ge=0,
+        description="WebSocket streams open at once; default: 150 for each CPU, up to half of `limit_connections`.",
+    )
     keep_alive_s: int = Field(
         default=75,
         ge=1,
@@ -103,9 +112,16 @@ class Settings(BaseSettings):
         "open while more than half of `limit_connections` are there are kept for at most 5.",
     )
     head_timeout_s: float = Field(default=10.0, gt=0, description="Longest wait for a request's line and headers.")
-    least_body_rate: int = Field(default=1000, ge=0, description="Bytes a second, after five; slower bodies get 408.")
+    least_body_rate: int = Field(
+        default=1000,
+        ge=0,
+        description="Bytes a second. Bodies that come in more slowly, after five seconds, get 408; clients that read "
+        "more slowly for `send_timeout_s` are cut off.",
+    )
     send_timeout_s: float = Field(
-        default=30.0, gt=0, description="A client that reads nothing for this long is cut off."
+        default=30.0,
+        gt=0,
+        description="A client that reads nothing for this long, or less than `least_body_rate` asks, is cut off.",
     )
     access_log: bool = Field(
         default=False, description="Log every request; else changes, refused callers and failures only."
@@ -183,6 +199,11 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def _streams_of_a_machine(connections: int) -> int:
+    """As many as it hears in real time, with connections left for others."""
+    return min(STREAMS_PER_CPU * available_cpus(), -(-connections // 2))
+
+
 def available_cpus() -> int:
     """CPUs this process may use: the affinity mask, lowered to the cgroup's quota where there is one."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
@@ -194,14 +215,14 @@ def available_cpus() -> int:
 
 def _cgroup_v2() -> tuple[float, float]:
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        quota, period = (CGROUP / "cpu.max").read_text().split()
         return (0.0, 0.0) if quota == "max" else (float(quota), float(period))
     except (OSError, ValueError):
         return 0.0, 0.0
 
 
 def _cgroup_v1() -> tuple[float, float]:
-    folder = Path("/sys/fs/cgroup/cpu")
+    folder = CGROUP / "cpu"
     try:
         return float((folder / "cpu.cfs_quota_us").read_text()), float((folder / "cpu.cfs_period_us").read_text())
     except (OSError, ValueError):

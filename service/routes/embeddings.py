@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -115,12 +115,14 @@ async def embed(
     return Response(body.model_dump_json(exclude_none=True), media_type="application/json")
 
 
-async def _written(body: EmbeddingsAnswer, found: Sequence[_Embedded], encoding: Encoding) -> AsyncIterator[str]:
+async def _written(body: EmbeddingsAnswer, found: list[_Embedded], encoding: Encoding) -> AsyncIterator[str]:
     """The answer, frames piece by piece: others have their turn in between, and a client that does not read costs no
-    memory."""
+    memory but what is still to be written. Empties `found`."""
     head, _, tail = body.model_dump_json(exclude_none=True).rpartition("[]")
     yield f"{head}["
-    for index, one in enumerate(found):
+    found.reverse()
+    for index in range(len(found)):
+        one = found.pop()
         opening, closing = ("[", "]") if encoding == "float" else ('"', '"')
         yield f'{"," if index else ""}{{"index":{index},"embedding":{opening}'
         for first in range(0, len(one.values), FRAMES_AT_ONCE):

@@ -10,7 +10,10 @@ from service.schemas import HealthAnswer, ReadyAnswer
 
 router = APIRouter(tags=["operations"])
 
-READY_EXAMPLE = {"ready": True, "checks": {"accepting": True, "inference": True, "profiles": True}}
+READY_EXAMPLE = {
+    "ready": True,
+    "checks": {"accepting": True, "decoding": True, "inference": True, "profiles": True},
+}
 
 
 @router.head("/healthz", include_in_schema=False)

@@ -36,6 +36,7 @@ from service.errors import (
     StreamIdleError,
 )
 from service.keywords import Detection
+from service.pacing import AHEAD_S, Pacing
 from service.queueing import Priority
 from service.routes.common import ModelParameter, may_infer, model_info, runtime_of
 from service.routes.keywords import KeywordsParameter, ThresholdParameter, allowed_labels, rounded
@@ -46,12 +47,6 @@ from service.timing import StageClock
 log = logging.getLogger(__name__)
 router = APIRouter(prefix="/v1/keywords", tags=["keywords"])
 
-# A stream further ahead of the clock than this is a file, not a microphone, and takes its turn among clips; further
-# than that, it is not read until the clock has caught up. Microphones' buffers hold less than either.
-AHEAD_S = 2.0
-FURTHEST_AHEAD_S = 10.0
-# Microphones send 50 messages of 20 ms a second; more than this on average are not read.
-MESSAGES_PER_S = 200
 NORMAL, UNSUPPORTED, POLICY, INTERNAL, RESTART, TRY_LATER = 1000, 1003, 1008, 1011, 1012, 1013
 RETRY_AFTER_S = 5.0
 
@@ -113,17 +108,19 @@ class _Stream:
             self._keywords = FrameStream(info, pace, spotter, engine.streaming, shortest_s=shortest_s)
         self._half_sample = b""
         self._samples = 0
-        self._messages = 0
-        self._began = time.monotonic()
+        self._pacing = Pacing(time.monotonic())
         # While the next message is waited for.
         self._idle_since: float | None = None
         self._waiting: asyncio.Timeout | None = None
+        # While nothing is under way that an end would tear apart: also where the next message is not read yet.
+        self._resting = False
+        self._waited = False
         self._finishing = False
 
     def finish(self) -> None:
         """Tell what was heard and end, as the service does."""
         self._finishing = True
-        if self._waiting is not None and self._idle_since is not None:
+        if self._resting and self._waiting is not None and not self._waiting.expired():
             self._waiting.reschedule(asyncio.get_running_loop().time())
 
     async def run(self) -> None:
@@ -143,6 +140,8 @@ class _Stream:
                 raise
             if not self._finishing:
                 raise StreamIdleError(f"nothing came for {idle_s:g} s") from error
+            # No message asked for what follows, so none has waited for it.
+            self._pacing.due = time.monotonic()
         await self._end()
 
     async def _end_when_idle(self, waiting: asyncio.Timeout, idle_s: float) -> None:
@@ -150,15 +149,14 @@ class _Stream:
             idle_for_s = 0.0 if self._idle_since is None else time.monotonic() - self._idle_since
             if idle_for_s >= idle_s:
                 waiting.reschedule(asyncio.get_running_loop().time())
-                return
+                # Unless a message comes in this very turn of the loop: then it goes on.
+                idle_for_s = 0.0
             await asyncio.sleep(idle_s - idle_for_s)
 
     async def _converse(self) -> None:
         await self._send({"type": "ready", "model": model_info(self._engine).model_dump(), "rate": self._rate_hz})
         while not self._finishing:
-            await self._keep_pace()
-            message = await self._receive()
-            self._messages += 1
+            message = await self._next()
             if isinstance(message, bytes):
                 await self._spot(list(self._keywords.push(self._heard(message))))
             elif message == "ping":
@@ -172,19 +170,29 @@ class _Stream:
         await self._send({"type": "end", "duration_s": round(self._samples / self._rate_hz, 3)})
         await _close(self._websocket, self._runtime, RESTART if self._finishing else NORMAL)
 
-    async def _keep_pace(self) -> None:
-        """Not read faster than people speak, so that no stream takes more than its share; and other tasks have their
-        turn between two messages, however many came at once."""
-        elapsed_s = time.monotonic() - self._began
-        ahead_s = self._samples / self._rate_hz - elapsed_s
-        early_s = self._messages / MESSAGES_PER_S - elapsed_s
-        await asyncio.sleep(max(0.0, ahead_s - FURTHEST_AHEAD_S, early_s - 1.0))
+    async def _next(self) -> bytes | str:
+        """Audio, "ping" or "end", once it is to be read. Nothing else is cut short by `finish`, or for being idle."""
+        assert self._waiting is not None
+        self._resting = True
+        try:
+            # Other tasks have their turn between two messages, however many came at once.
+            await asyncio.sleep(self._pacing.rest_s(time.monotonic()))
+            message = await self._receive()
+        finally:
+            self._resting = False
+        # It was to be cut short in this very turn of the loop, and would be in the midst of what follows.
+        self._waiting.reschedule(None)
+        return message
 
     async def _receive(self) -> bytes | str:
-        """Audio, "ping" or "end"."""
-        self._idle_since = time.monotonic()
+        self._idle_since, self._waited = time.monotonic(), False
+        # Runs where the message is not there yet.
+        noticing = asyncio.get_running_loop().call_soon(self._notice_waiting)
         message = await self._websocket.receive()
+        noticing.cancel()
         self._idle_since = None
+        audio_s = len(message.get("bytes") or b"") / (2 * self._rate_hz)
+        self._pacing.came(audio_s, time.monotonic(), waited=self._waited)
         if message["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(message.get("code", NORMAL))
         if message.get("bytes") is not None:
@@ -196,6 +204,9 @@ class _Stream:
         if not isinstance(said, dict) or said.get("type") not in ("ping", "end"):
             raise InvalidMessageError('text messages are {"type": "end"} or {"type": "ping"}; audio is binary')
         return str(said["type"])
+
+    def _notice_waiting(self) -> None:
+        self._waited = True
 
     def _heard(self, message: bytes) -> Samples:
         data = self._half_sample + message
@@ -216,15 +227,14 @@ class _Stream:
         """What a message completed, computed; the detections in their order."""
         if not parts:
             return
-        came = time.monotonic()
-        ahead_s = self._samples / self._rate_hz - (came - self._began)
-        priority = Priority.STREAM if ahead_s < AHEAD_S else Priority.CLIP
-        deadline = came + self._runtime.settings.request_timeout_s
+        now = time.monotonic()
+        priority = Priority.STREAM if self._pacing.ahead_s(now) < AHEAD_S else Priority.CLIP
+        deadline = now + self._runtime.settings.request_timeout_s
         if isinstance(self._keywords, FrameStream):
             await self._spot_pieces(self._keywords, cast(Sequence[Piece], parts), deadline, priority)
         else:
             await self._spot_windows(self._keywords, cast(Sequence[Window], parts), deadline, priority)
-        self._runtime.metrics.stream_delay.observe(time.monotonic() - came)
+        self._runtime.metrics.stream_delay.observe(time.monotonic() - self._pacing.due)
 
     async def _spot_windows(
         self, stream: WindowStream, windows: Sequence[Window], deadline: float, priority: Priority

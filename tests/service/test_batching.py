@@ -12,6 +12,7 @@ from service.batching import STANDBY_S, Batcher
 from service.queueing import (
     AbandonedError,
     ClosedError,
+    Entry,
     ExpiredError,
     Limits,
     Priority,
@@ -274,13 +275,13 @@ def test_what_a_worker_has_answered_counts_no_more(monkeypatch: pytest.MonkeyPat
 
     async def main() -> list[float]:
         with batcher(call, max_batch=8) as (made, _):
-            finish = made._finish
+            finish = Entry.finish
 
             def finish_and_linger(*answer: Any) -> None:
                 finish(*answer)
                 time.sleep(0.2)
 
-            monkeypatch.setattr(made, "_finish", finish_and_linger)
+            monkeypatch.setattr(Entry, "finish", finish_and_linger)
             first = await made.submit(1.0, size=0.1, deadline=FAR)
             second = await made.submit(2.0, size=4.0, deadline=time.monotonic() + 1.0)
             return [first.value, second.value]

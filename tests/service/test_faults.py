@@ -3,10 +3,12 @@ is served."""
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -14,7 +16,9 @@ from starlette.testclient import TestClient
 
 from service import audio
 from service.app import create_app
+from service.batching import FAILING_CALLS
 from service.engine import Engine
+from service.models import Models
 from service.protocol import protocol_for
 from service.runtime import Runtime
 from service.settings import Settings
@@ -24,6 +28,8 @@ from tests.service.threads import PATIENCE_S, serving, until
 DETECT = "/v1/keywords/detect"
 WAV = {"Content-Type": "audio/wav"}
 CLIP = encoded(voice(1.0))
+# Too large to be decoded on the event loop.
+LONG = encoded(voice(3.0))
 CALL_TIMEOUT_S = 1.0
 
 
@@ -65,13 +71,15 @@ def faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
 @pytest.fixture
 def client(tmp_path: Path, faults: Faults) -> Iterator[TestClient]:
     assert faults.calls == 0
-    settings = Settings(data_dir=tmp_path, inference_threads=1, call_timeout_s=CALL_TIMEOUT_S, request_timeout_s=30)
+    settings = Settings(
+        data_dir=tmp_path, inference_threads=1, decode_threads=1, call_timeout_s=CALL_TIMEOUT_S, request_timeout_s=30
+    )
     with TestClient(create_app(settings), LOCAL) as made:
         yield made
 
 
-def detect(client: TestClient) -> httpx.Response:
-    return client.post(DETECT, content=CLIP, headers=WAV)
+def detect(client: TestClient, clip: bytes = CLIP) -> httpx.Response:
+    return client.post(DETECT, content=clip, headers=WAV)
 
 
 def metric(client: TestClient, name: str) -> float:
@@ -108,6 +116,59 @@ def test_a_graph_call_that_hangs(client: TestClient, faults: Faults) -> None:
     # For a while, so that whoever routes requests notices.
     assert client.get("/readyz").json()["checks"]["inference"] is False
     until(lambda: client.get("/readyz").status_code == 200)
+
+
+def test_graph_calls_that_all_fail(client: TestClient, faults: Faults) -> None:
+    faults.now = faults.fail
+    checks = []
+    for _ in range(FAILING_CALLS):
+        assert detect(client).status_code == 500
+        checks.append(client.get("/readyz").json()["checks"]["inference"])
+    assert checks == [True] * (FAILING_CALLS - 1) + [False]
+    assert client.get("/healthz").status_code == 200
+    faults.now = lambda: None
+    assert detect(client).status_code == 200
+    assert client.get("/readyz").status_code == 200
+
+
+def test_a_decoder_that_hangs(client: TestClient, faults: Faults, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode, hangs = audio.decode, [True]
+
+    def hanging(*arguments: Any, **options: Any) -> audio.Waveform:
+        if hangs.pop():
+            faults.hang()
+        return decode(*arguments, **options)
+
+    monkeypatch.setattr(audio, "decode", hanging)
+    failed = detect(client, LONG)
+    assert (failed.status_code, failed.json()["code"]) == (500, "internal_error")
+    assert metric(client, 'sotto_worker_failures_total{kind="decode"}') == 1
+    monkeypatch.undo()
+    # The one thread there was is still in its call, and stays in it when the service ends.
+    assert detect(client, LONG).status_code == 200
+    assert client.get("/readyz").json()["checks"]["decoding"] is False
+    until(lambda: client.get("/readyz").status_code == 200)
+
+
+def test_a_model_store_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, cancelled = [], []
+
+    async def hanging(_: Models) -> None:
+        begun.append(True)
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.append(True)
+            raise
+
+    monkeypatch.setattr(Models, "refresh", hanging)
+    settings = Settings(data_dir=tmp_path, inference_threads=1, models_refresh_s=0.01)
+    with TestClient(create_app(settings), LOCAL) as client:
+        until(lambda: bool(begun))
+        rounds = metric(client, "sotto_event_loop_lag_seconds_count")
+        until(lambda: metric(client, "sotto_event_loop_lag_seconds_count") > rounds + 1)
+        assert begun == [True]
+    assert cancelled == [True]
 
 
 def test_a_decoder_that_fails(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:

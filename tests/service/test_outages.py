@@ -138,7 +138,12 @@ def test_a_service_whose_database_falls_mute_serves_everything_else(
     for _ in range(threads.THREADS + 1):
         assert service.get("/v1/speakers/ada").status_code in (503, 504)
     until(lambda: service.get("/readyz").status_code == 503)
-    assert service.get("/readyz").json()["checks"] == {"accepting": True, "inference": True, "profiles": False}
+    assert service.get("/readyz").json()["checks"] == {
+        "accepting": True,
+        "decoding": True,
+        "inference": True,
+        "profiles": False,
+    }
     assert "sotto_ready 0.0" in service.get("/metrics").text
     assert service.get("/healthz").status_code == 200
     # Nobody waits for it any more.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import time
@@ -106,6 +107,50 @@ def test_a_head_without_end_is_cut_off(service: RunningService) -> None:
         except ConnectionError:
             pytest.fail("cut off without a word")
         assert problem(answer) == (431, "head_too_large")
+
+
+CHUNKED = HEAD.replace(b"Content-Length: 100000", b"Transfer-Encoding: chunked")
+
+
+@pytest.mark.parametrize("endless", [b"X-Long: %s\r\n" % (b"a" * 1000), b"a" * 1000], ids=["many", "one"])
+def test_trailers_without_end_are_cut_off(service: RunningService, endless: bytes) -> None:
+    answer, sent_bytes = b"", 0
+    with dial(service) as connection:
+        connection.sendall(CHUNKED + b"5\r\n12345\r\n0\r\n" + (b"" if endless.endswith(b"\n") else b"X-Long: "))
+        connection.settimeout(0.001)
+        while not answer and sent_bytes < 2**22:
+            connection.sendall(endless)
+            sent_bytes += len(endless)
+            with contextlib.suppress(TimeoutError):
+                answer = connection.recv(65_536)
+        connection.settimeout(PATIENCE_S)
+        assert problem(answer + everything(connection)) == (431, "head_too_large")
+    # A piece of the kernel's beside the cap.
+    assert sent_bytes < MOST_HEAD_BYTES + 2**18
+
+
+def test_the_extensions_of_a_chunk_end_as_well(service: RunningService) -> None:
+    with dial(service) as connection:
+        connection.sendall(CHUNKED + b"5;long=" + b"a" * (MOST_HEAD_BYTES + 2**18))
+        assert problem(everything(connection)) == (431, "head_too_large")
+
+
+def test_a_trailer_is_read_and_is_no_header(service: RunningService) -> None:
+    clip = encoded(voice(1.0))
+    chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (clip[:1000], clip[1000:]))
+    with dial(service) as connection:
+        for _ in range(2):
+            connection.sendall(CHUNKED + chunks + b"0\r\nX-Checksum: 1\r\nX-Request-Timeout-Ms: nonsense\r\n\r\n")
+            assert connection.recv(65_536).startswith(b"HTTP/1.1 200 ")
+
+
+def test_many_small_chunks_are_no_trailers(service: RunningService) -> None:
+    clip = encoded(voice(1.0))
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in clip)
+    assert len(chunks) - len(clip) > 4 * MOST_HEAD_BYTES
+    with dial(service) as connection:
+        connection.sendall(CHUNKED + chunks + b"0\r\n\r\n")
+        assert connection.recv(65_536).startswith(b"HTTP/1.1 200 ")
 
 
 def test_in_a_crowd_only_probes_are_answered(tmp_path: Path, started: list[RunningService]) -> None:

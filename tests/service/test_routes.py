@@ -211,7 +211,7 @@ def test_the_time_of_each_stage_is_told(service: RunningService, path: str) -> N
 
 def test_health_and_readiness(service: RunningService) -> None:
     assert answer(service.get("/healthz")) == {"status": "ok"}
-    checks = {"accepting": True, "inference": True, "profiles": True}
+    checks = {"accepting": True, "decoding": True, "inference": True, "profiles": True}
     assert answer(service.get("/readyz")) == {"ready": True, "checks": checks}
 
 

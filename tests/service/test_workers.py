@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from service.batching import MOST_STUCK, UNREADY_S, Batcher
+from service.batching import FAILING_CALLS, MOST_STUCK, UNREADY_S, Batcher
 from service.queueing import (
     CallFailedError,
     ClosedError,
@@ -28,6 +28,37 @@ def test_a_failing_call_fails_its_items_and_no_others() -> None:
             return await submit(made, 1.0), observer.failures
 
     assert asyncio.run(main()) == (1.0, ["call"])
+
+
+def test_calls_that_fail_one_after_another_show_for_a_while_or_until_one_succeeds() -> None:
+    now = [0.0]
+
+    def call(items: list[float]) -> list[float]:
+        if 2.0 in items:
+            raise ValueError("boom")
+        return items
+
+    async def main() -> tuple[list[bool], list[bool]]:
+        alive = []
+        with batcher(call, clock=lambda: now[0]) as (made, _):
+
+            async def fail() -> bool:
+                with pytest.raises(CallFailedError):
+                    await submit(made, 2.0)
+                return made.alive
+
+            failing = [await fail() for _ in range(FAILING_CALLS)]
+            await submit(made, 1.0)
+            alive.append(made.alive)
+            # Counted anew.
+            failing += [await fail() for _ in range(FAILING_CALLS)]
+            now[0] += UNREADY_S
+            alive.append(made.alive)
+            failing.append(await fail())
+        return failing, alive
+
+    in_a_row = [True] * (FAILING_CALLS - 1) + [False]
+    assert asyncio.run(main()) == ([*in_a_row, *in_a_row, False], [True, True])
 
 
 def test_a_call_that_returns_too_few_results_fails_instead_of_hanging() -> None:

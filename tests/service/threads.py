@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import uvicorn
 from fastapi import FastAPI
 
-from service.protocol import BoundedHttp
+from service.protocol import BoundedHttp, BoundedStream
 
 PATIENCE_S = 60.0
 
@@ -21,9 +21,16 @@ def serving(app: FastAPI, http: type[BoundedHttp], *, keep_alive_s: int = 5) -> 
     """The server and its port."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(
-            uvicorn.Config(app, http=http, log_level="warning", access_log=False, timeout_keep_alive=keep_alive_s)
+        config = uvicorn.Config(
+            app,
+            http=http,
+            ws=BoundedStream,
+            ws_ping_interval=None,
+            log_level="warning",
+            access_log=False,
+            timeout_keep_alive=keep_alive_s,
         )
+        server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
