@@ -12,12 +12,13 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import identification, lasting, measures
+from benchmarks import identification, lasting, measures, runtimes
 from benchmarks.clients import CPUS, Setting, scratch
 from model_store import LocalStore, builtin_store_path
 
 MEASURES: dict[str, Callable[[Setting], list[str]]] = {
     "overhead": measures.overhead,
+    "runtimes": runtimes.runtimes,
     "profile": measures.profile,
     "peers": measures.peers,
     "idle": measures.idle,
