@@ -226,6 +226,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "edge-based": Recipe,
     "edge-nearer-base": Recipe,
     "edge-third": Recipe,
+    "edge-fourth": Recipe,
     "micro-nearer": Recipe,
     "base": Recipe,
     "base-again": Recipe,
