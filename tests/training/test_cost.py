@@ -67,6 +67,6 @@ def test_every_graph_is_timed_on_one_thread_and_on_all(graph: bytes) -> None:
 
 
 def test_a_second_of_a_stream_is_timed_beside_one_of_a_clip(made_draft: tuple[Path, Manifest]) -> None:
-    stream, clip = streaming_ms(open_bundle(made_draft[0]), runs=3)
+    stream, clip = streaming_ms(open_bundle(made_draft[0]), 2, runs=3)
     assert stream > 0
     assert clip > 0

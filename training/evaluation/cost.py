@@ -73,9 +73,9 @@ def latencies_ms(graphs: Mapping[str, bytes], *, runs: int = TIMED_RUNS) -> dict
     return {name: Latency(medians[1][name], medians[threads][name], threads) for name in graphs}
 
 
-def streaming_ms(bundle: Bundle, *, runs: int = TIMED_RUNS) -> tuple[float, float]:
-    """Median milliseconds of one thread for a second of a stream, in chunks as the service gives them, and for the
-    keywords of a clip of a second; taking turns. The bundle has to have a streaming graph."""
+def streaming_ms(bundle: Bundle, streams: int, *, runs: int = TIMED_RUNS) -> tuple[float, float]:
+    """Median milliseconds of one thread for a second of a stream, in chunks as the service gives them, `streams` in a
+    call, and for the keywords of a clip of a second; taking turns. The bundle has to have a streaming graph."""
     manifest = bundle.manifest
     assert manifest.stream is not None
     hop = round(manifest.keywords.frame_hop_s * SAMPLE_RATE_HZ)
@@ -83,16 +83,16 @@ def streaming_ms(bundle: Bundle, *, runs: int = TIMED_RUNS) -> tuple[float, floa
     clip = open_session(part_of(bundle.read(manifest.graph.file), (KEYWORDS,)), threads=1)
     feeds = one_second()
     chunks = feeds["waveform"][0].reshape(CHUNKS_A_SECOND, -1)
-    progress = stream.begin()
+    progress = [stream.begin()] * streams
     times: tuple[list[float], list[float]] = ([], [])
     for run in range(WARM_UP_RUNS + runs):
         start = time.perf_counter()
         for samples in chunks:
-            ((_, progress),) = stream.run([Chunk(progress, samples)])
+            progress = [after for _, after in stream.run([Chunk(before, samples) for before in progress])]
         between = time.perf_counter()
         clip.run([KEYWORDS], feeds)
         if run >= WARM_UP_RUNS:
-            times[0].append(between - start)
+            times[0].append((between - start) / streams)
             times[1].append(time.perf_counter() - between)
     return float(np.median(times[0]) * 1e3), float(np.median(times[1]) * 1e3)
 
