@@ -16,7 +16,7 @@ from model_store.inference import Provider
 
 Scope = Literal["infer", "enrol", "admin"]
 PREFIX = "SOTTO_"
-# Two CPUs hear 300 in real time, and 400 late (`benchmarks/results.md`).
+# Two CPUs hear 300 in real time on the slowest day, 400 on another (`benchmarks/results.md`).
 STREAMS_PER_CPU = 150
 CGROUP = Path("/sys/fs/cgroup")
 
