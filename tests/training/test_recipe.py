@@ -229,7 +229,6 @@ KINDS: dict[str, type[BaseModel]] = {
     "edge-fourth": Recipe,
     "micro-nearer": Recipe,
     "base": Recipe,
-    "base-again": Recipe,
     "micro": Recipe,
     "teacher": PretrainRecipe,
     "teacher-base": PretrainRecipe,
