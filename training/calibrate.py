@@ -212,9 +212,9 @@ def _thresholds(
     found, capped = {}, []
     for entry in manifest.keywords.labels:
         wanted = threshold_for_false_alarms(np.array(alarms[entry.label]), allowed)
-        # Up to the next thousandth: rounding down would let an alarm over the budget through.
         if wanted > HIGHEST_THRESHOLD:
             capped.append(entry.label)
+        # Up to the next thousandth: rounding down would let an alarm over the budget through.
         found[entry.label] = min(max(math.ceil(wanted * 1000) / 1000, LOWEST_THRESHOLD), HIGHEST_THRESHOLD)
     raised = sum(value > LOWEST_THRESHOLD for value in found.values())
     say(f"thresholds: {hours:.2f} h of other audio, {allowed} alarms allowed, {raised} above {LOWEST_THRESHOLD}")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from service.protocol import protocol_for
 from service.runtime import Runtime
 from service.settings import Settings
 from tests.conftest import LOCAL, encoded, voice
+from tests.service.faults import Faults
 from tests.service.threads import PATIENCE_S, serving, until
 
 DETECT = "/v1/keywords/detect"
@@ -31,26 +32,6 @@ CLIP = encoded(voice(1.0))
 # Too large to be decoded on the event loop.
 LONG = encoded(voice(3.0))
 CALL_TIMEOUT_S = 1.0
-
-
-class Faults:
-    """What the next graph calls do, in place of the engine's own."""
-
-    def __init__(self) -> None:
-        self.now: Callable[[], None] = lambda: None
-        self.calls = 0
-        self.entered = threading.Semaphore(0)
-        self.go_on = threading.Event()
-
-    def hang(self) -> None:
-        self.entered.release()
-        assert self.go_on.wait(PATIENCE_S)
-
-    def fail(self) -> None:
-        raise MemoryError("no room")
-
-    def die(self) -> None:
-        raise SystemExit
 
 
 @pytest.fixture

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from service.protocol import protocol_for
 from service.routes.stream import INTERNAL
 from service.runtime import Runtime
 from service.settings import Settings
+from tests.service.faults import Faults
 from tests.service.test_stream import STREAM, detections, listen, pcm, samples_of
 from tests.service.threads import PATIENCE_S, serving, until
 
@@ -26,32 +26,6 @@ MESSAGE_S = 0.25
 # Two seconds, in the middle of which a word is said.
 WORD = pcm(samples_of("computer.wav"))
 MESSAGE_BYTES = int(MESSAGE_S * 32_000)
-
-
-class Faults:
-    """What the next calls of the graph do first."""
-
-    def __init__(self) -> None:
-        self.now: Callable[[], None] = lambda: None
-        self.entered = threading.Semaphore(0)
-        self.go_on = threading.Event()
-
-    def once(self, fault: str) -> None:
-        def begin() -> None:
-            self.now = lambda: None
-            getattr(self, fault)()
-
-        self.now = begin
-
-    def hang(self) -> None:
-        self.entered.release()
-        assert self.go_on.wait(PATIENCE_S)
-
-    def fail(self) -> None:
-        raise MemoryError("no room")
-
-    def die(self) -> None:
-        raise SystemExit
 
 
 @pytest.fixture
