@@ -107,6 +107,6 @@ def _call_until(end: float, session: Any, feeds: dict[str, Any]) -> list[float]:
 if __name__ == "__main__":
     path, *numbers = sys.argv[1:]
     given = [int(number) for number in numbers]
-    print(json.dumps(measured(Path(path), given[0], given[1], bool(given[2]), bool(given[3]))))  # noqa: T201
+    print(json.dumps(measured(Path(path), given[0], given[1], bool(given[2]), bool(given[3]))))  # noqa: T201  the output
     sys.stdout.flush()
     os._exit(0)
