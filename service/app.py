@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import HTTPConnection
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.errors import (
     PROBLEM_JSON,
@@ -44,7 +44,15 @@ part `audio` of `multipart/form-data`. Errors are RFC 9457 problem details with 
 WebSocket `/v1/keywords/stream`, which OpenAPI has no words for; the README has."""
 
 
+MODULES = (keywords, stream, identify, speakers, embeddings, analyze, models, ops, console, docs)
+
+
 class _Application(FastAPI):
+    def build_middleware_stack(self) -> ASGIApp:
+        stack = super().build_middleware_stack()
+        routes = [each for module in MODULES for each in module.router.routes]
+        return DirectRoutes(stack, routes, self.user_middleware, _on_service_error)
+
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
             self.openapi_schema = complete(super().openapi(), keyed=bool(self.state.runtime.settings.api_keys))
@@ -89,12 +97,8 @@ def create_app(settings: Settings) -> FastAPI:
         dependencies=[Depends(refuse_unknown_query)],
     )
     app.state.runtime = runtime
-    modules = (keywords, stream, identify, speakers, embeddings, analyze, models, ops, console, docs)
-    routers = [module.router for module in modules]
-    for router in routers:
-        app.include_router(router)
-    direct = [route for router in routers for route in router.routes]
-    app.add_middleware(DirectRoutes, routes=direct, on_error=_on_service_error)
+    for module in MODULES:
+        app.include_router(module.router)
     # Within the frame, so that what browsers ask beforehand has an id and counts as well.
     if settings.cors_origins:
         app.add_middleware(

@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 from starlette.requests import HTTPConnection
@@ -88,17 +89,18 @@ def _refuse_other_pages(request: HTTPConnection) -> None:
     that is open in it. Forms and WebSockets it sends without asking first; and a page can give its own name this
     machine's address. Raises ForbiddenError."""
     host, origin = request.headers.get("host", ""), request.headers.get("origin")
-    if host and not is_loopback(_name_of(f"//{host}")):
+    if host and not _names_this_machine(host):
         raise ForbiddenError(f"without API keys, this service is 127.0.0.1 or localhost, not {host[:80]!r}")
     if origin and origin.partition("://")[2] != host:
         raise ForbiddenError("without API keys, pages of other origins may not use this service")
 
 
-def _name_of(address: str) -> str:
+@lru_cache(maxsize=64)
+def _names_this_machine(host: str) -> bool:
     try:
-        return urlsplit(address).hostname or ""
+        return is_loopback(urlsplit(f"//{host}").hostname or "")
     except ValueError:
-        return ""
+        return False
 
 
 def hash_key(secret: str) -> str:

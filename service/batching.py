@@ -38,6 +38,7 @@ from service.queueing import (
     Priority,
     QueueFullError,
     Timed,
+    finish_all,
 )
 
 Item = TypeVar("Item")
@@ -319,8 +320,12 @@ class Batcher(Generic[Item, Result]):
         size, area = sum(entry.size for entry in batch), max(entry.size for entry in batch) * len(batch)
         self._learn_speed(batch[0].group, call_s, area)
         self._observer.batch_run(len(batch), size, area, call_s)
-        for entry, result in zip(batch, results, strict=True):
-            entry.finish(Timed(result, max(0.0, start - entry.enqueued), call_s))
+        finish_all(
+            [
+                (entry, Timed(result, max(0.0, start - entry.enqueued), call_s))
+                for entry, result in zip(batch, results, strict=True)
+            ]
+        )
 
     def _learn_speed(self, group: Hashable, call_s: float, area: float) -> None:
         rate = call_s / max(area, 1e-9)

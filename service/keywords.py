@@ -29,6 +29,7 @@ EDGE_SHARE = 0.05
 # otherwise where a word begins hangs on one frame, and on what was said before it.
 DIP_FRAMES = 2
 DIP_SHARE = 0.25
+_LEAST_SCORE = float(np.finfo(np.float32).tiny)
 
 Array = npt.NDArray[np.float32]
 Thresholds = npt.NDArray[np.float64]
@@ -105,8 +106,8 @@ def candidates(logits: Array, least: Thresholds) -> npt.NDArray[np.bool_]:
 def rank(found: Evidence, info: KeywordInfo, top_k: int, allowed: npt.NDArray[np.bool_]) -> list[Ranked]:
     """The `top_k` allowed keywords by best score, best first."""
     best = np.where(allowed, found.best, -1.0)
-    order = np.argsort(-best, kind="stable")[: min(top_k, int(allowed.sum()))]
-    return [Ranked(info.labels[index].label, float(best[index])) for index in order]
+    order = np.argsort(-best, kind="stable")[:top_k].tolist()
+    return [Ranked(info.labels[index].label, score) for index in order if (score := float(best[index])) >= 0.0]
 
 
 def detect(
@@ -123,12 +124,12 @@ def detect(
     once is reported once, and one stretch of sound is one word.
     """
     # With a threshold of 0 every frame would qualify; a score of 0 is the absence of evidence.
-    least = np.maximum(threshold, np.finfo(np.float32).tiny)
-    likely = np.flatnonzero((found.best >= least) & allowed)
-    if not len(likely):
+    least = np.maximum(threshold, _LEAST_SCORE)
+    likely = ((found.best >= least) & allowed).nonzero()[0].tolist()
+    if not likely:
         return []
     kept: list[Detection] = []
-    for frame, index in _peaks(found.scores, likely, np.broadcast_to(least, allowed.shape)):
+    for frame, index in _peaks(found.scores, likely, least if least.ndim else np.full(len(allowed), least)):
         event = _event(found.odds[:, index], found.scores[frame, index], frame, index, info, duration_s)
         if all(compatible(event, other, info.refractory_s) for other in kept):
             kept.append(event)
@@ -171,7 +172,7 @@ def _sums(values: Array, width: int) -> Array:
         reach *= 2
 
 
-def _peaks(scores: Array, likely: npt.NDArray[np.intp], least: Thresholds) -> list[tuple[int, int]]:
+def _peaks(scores: Array, likely: list[int], least: Thresholds) -> list[tuple[int, int]]:
     """(frame, keyword) of each run's best frame that passes, of the likely keywords, best score first.
 
     A window sum has a plateau as wide as the window around a short word; its middle is the word's.
@@ -179,14 +180,22 @@ def _peaks(scores: Array, likely: npt.NDArray[np.intp], least: Thresholds) -> li
     peaks: list[tuple[float, int, int]] = []
     for index in likely:
         column = scores[:, index]
-        mask = column >= least[index]
-        edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.view(np.int8), [0]])))
-        for start, stop in edges.reshape(-1, 2):
+        for start, stop in _runs((column >= least[index]).nonzero()[0]):
             run = column[start:stop]
             best = float(run.max())
-            plateau = np.flatnonzero(run >= best * (1 - 1e-3))
-            peaks.append((best, int(start + plateau[len(plateau) // 2]), int(index)))
+            plateau = (run >= best * (1 - 1e-3)).nonzero()[0]
+            peaks.append((best, int(start + plateau[len(plateau) // 2]), index))
     return [(frame, index) for _, frame, index in sorted(peaks, key=lambda peak: (-peak[0], peak[1], peak[2]))]
+
+
+def _runs(frames: npt.NDArray[np.intp]) -> list[tuple[int, int]]:
+    """First and one past the last of each stretch without a gap; `frames` ascend and are not none."""
+    first, last = int(frames[0]), int(frames[-1])
+    if last - first + 1 == len(frames):
+        return [(first, last + 1)]
+    gaps = np.flatnonzero(np.diff(frames) > 1)
+    starts = [first, *frames[gaps + 1].tolist()]
+    return list(zip(starts, [*(frames[gaps] + 1).tolist(), last + 1], strict=True))
 
 
 def _event(odds: Array, score: np.float32, frame: int, index: int, info: KeywordInfo, duration_s: float) -> Detection:

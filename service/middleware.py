@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import ServiceError, problem_response
@@ -16,6 +16,8 @@ from service.protocol import ABANDONED, ANSWERING, REQUEST_ID, own_request_id
 from service.timing import StageClock
 
 log = logging.getLogger(__name__)
+
+_REQUEST_ID = REQUEST_ID.lower().encode()
 
 
 class RequestFrame:
@@ -45,10 +47,12 @@ class RequestFrame:
             if message["type"] == "http.response.start":
                 started = True
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers[REQUEST_ID] = request_id
-                took_ms = (time.perf_counter() - start) * 1000
-                headers["Server-Timing"] = clock.header() if clock.durations_s else f"total;dur={took_ms:.1f}"
+                timing = clock.header() or f"total;dur={(time.perf_counter() - start) * 1000:.1f}"
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (_REQUEST_ID, request_id.encode("latin-1")),
+                    (b"server-timing", timing.encode("latin-1")),
+                ]
                 # Before it is sent, which waits for a client that does not read.
                 answering()
             await send(message)

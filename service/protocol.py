@@ -89,13 +89,11 @@ class BoundedHttp(HttpToolsProtocol):
         self._body_bytes = 0
         self._body_since = 0.0
         self._receiving: TimerHandle | None = None
-        self._under_way = False
-        self._turned_away = False
-        self._upgraded = False
+        self._under_way = self._turned_away = self._upgraded = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
-        lingering = LingeringTransport(transport, self, least_rate=self.bounds.least_body_rate)
-        super().connection_made(lingering)  # type: ignore[arg-type]  # all that is asked of one
+        self._sending = LingeringTransport(transport, self, least_rate=self.bounds.least_body_rate)
+        super().connection_made(self._sending)  # type: ignore[arg-type]  # all that is asked of one
         if len(self.connections) > NOT_ACCEPTED * self.bounds.limit_connections:
             transport.abort()
             return
@@ -193,6 +191,7 @@ class BoundedHttp(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
+        self._sending.flush()
         self._count_out()
         if self.pipeline and not self.pipeline[-1][0].more_body:
             self._count_in()

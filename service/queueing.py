@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -87,20 +87,35 @@ class Entry(Generic[Item, Result]):
 
     def finish(self, outcome: Timed[Result] | Exception) -> None:
         """Deliver on the submitter's loop, once; a submitter that is gone takes nothing with it."""
-        self.done = True
+        finish_all([(self, outcome)])
 
-        def deliver() -> None:
-            if self.future.done():
-                return
-            if isinstance(outcome, Exception):
-                self.future.set_exception(outcome)
-            else:
-                self.future.set_result(outcome)
+    def deliver(self, outcome: Timed[Result] | Exception) -> None:
+        """On the submitter's loop."""
+        if self.future.done():
+            return
+        if isinstance(outcome, Exception):
+            self.future.set_exception(outcome)
+        else:
+            self.future.set_result(outcome)
 
+
+def finish_all(outcomes: Sequence[tuple[Entry[Item, Result], Timed[Result] | Exception]]) -> None:
+    """Deliver each, waking a loop once for all that are its own: woken for the first of a batch, it would contend for
+    the interpreter with the thread that still has to tell of the others."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Entry[Item, Result], Timed[Result] | Exception]]] = {}
+    for entry, outcome in outcomes:
+        entry.done = True
+        by_loop.setdefault(entry.loop, []).append((entry, outcome))
+    for loop, own in by_loop.items():
         try:
-            self.loop.call_soon_threadsafe(deliver)
+            loop.call_soon_threadsafe(_deliver, own)
         except RuntimeError:
-            log.warning("a result arrived after its event loop was closed")
+            log.warning("%d results arrived after their event loop was closed", len(own))
+
+
+def _deliver(outcomes: Sequence[tuple[Entry[Item, Result], Timed[Result] | Exception]]) -> None:
+    for entry, outcome in outcomes:
+        entry.deliver(outcome)
 
 
 @dataclass(frozen=True, slots=True)

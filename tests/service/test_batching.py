@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from service import batching
 from service.batching import STANDBY_S, Batcher
 from service.queueing import (
     AbandonedError,
     ClosedError,
-    Entry,
     ExpiredError,
     Limits,
     Priority,
@@ -275,13 +275,13 @@ def test_what_a_worker_has_answered_counts_no_more(monkeypatch: pytest.MonkeyPat
 
     async def main() -> list[float]:
         with batcher(call, max_batch=8) as (made, _):
-            finish = Entry.finish
+            finish_all = batching.finish_all
 
-            def finish_and_linger(*answer: Any) -> None:
-                finish(*answer)
+            def finish_and_linger(outcomes: Any) -> None:
+                finish_all(outcomes)
                 time.sleep(0.2)
 
-            monkeypatch.setattr(Entry, "finish", finish_and_linger)
+            monkeypatch.setattr(batching, "finish_all", finish_and_linger)
             first = await made.submit(1.0, size=0.1, deadline=FAR)
             second = await made.submit(2.0, size=4.0, deadline=time.monotonic() + 1.0)
             return [first.value, second.value]

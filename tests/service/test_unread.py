@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -40,9 +41,20 @@ class Connection:
     def get_write_buffer_size(self) -> int:
         return self.unread_bytes
 
+    def is_closing(self) -> bool:
+        return False
 
-def cut_after_s(connection: Connection, *, taken_each_s: int, written_each_s: int, for_s: int = 100) -> int | None:
+
+def cut_after_s(connection: Connection, **rates: int) -> int | None:
     """When a client is cut off that takes so much and is written so much more each second; None where it never is."""
+
+    async def on_a_loop() -> int | None:
+        return _cut_after_s(connection, **rates)
+
+    return asyncio.run(on_a_loop())
+
+
+def _cut_after_s(connection: Connection, *, taken_each_s: int, written_each_s: int, for_s: int = 100) -> int | None:
     now = 0
     readers = Readers(30.0, lambda: now)
     connection.transport.write(bytes(100_000))
