@@ -1,9 +1,9 @@
 """The dynamic batcher: turns single submissions into batched calls. Knows nothing of audio or HTTP.
 
 A worker that is free takes the item whose turn it is at once, together with waiting items of its group and
-of similar size; what arrives while all workers are busy waits and is batched by the next free one. So an
-idle service adds no delay, but to items that are said to wait a moment for others (`gather_s`), and a busy one
-fills its batches by itself.
+of similar size, where calls of several are worth it (`most`); what arrives while all workers are busy waits and is
+batched by the next free one. So an idle service adds no delay, but to items that are said to wait a moment for others
+(`gather_s`), and a busy one fills its batches by itself.
 
 Where there are as many workers as cores, one of them runs on the event loop's: there a small batch costs more than
 the same items would have in the next one of another worker. So workers may be on standby: these begin when as much
@@ -124,10 +124,12 @@ class Batcher(Generic[Item, Result]):
         group: Hashable = None,
         priority: Priority = Priority.CLIP,
         gather_s: float = 0.0,
+        most: int | None = None,
         abandoned: Callable[[], bool] = lambda: False,
     ) -> Timed[Result]:
         """Wait for the item's result. `size` is its cost, such as seconds of audio; `deadline` is on the
-        batcher's clock; `gather_s` is how long it waits for others to share its call, if they do not fill it before.
+        batcher's clock; `gather_s` is how long it waits for others to share its call, if they do not fill it before;
+        `most`, if given, is how many share it at most.
         Cancelling the task drops the item before its call, as does `abandoned`, asked from a worker's thread, when
         it says that nobody waits any more.
 
@@ -138,8 +140,9 @@ class Batcher(Generic[Item, Result]):
         with self._wake:
             cost_s = size * self._rate(group)
             turn, future = now + priority.value, loop.create_future()
+            limit = min(most or self._limits.max_batch, self._limits.max_batch)
             entry = Entry[Item, Result](
-                item, group, size, cost_s, turn, gather_s, deadline, now, abandoned, loop, future
+                item, group, size, cost_s, turn, gather_s, limit, deadline, now, abandoned, loop, future
             )
             self._admit(entry, now)
             bisect.insort(self._waiting, entry, key=lambda other: other.turn)
@@ -204,8 +207,7 @@ class Batcher(Generic[Item, Result]):
         if not self._waiting and not running:
             return  # Nothing to wait for, and what its call takes is an estimate, which only calls mend.
         # The call that it will share takes as long as a full batch of its like.
-        limits = self._limits
-        call_s = min(entry.cost_s * limits.max_batch, self._rate(entry.group) * max(limits.max_area, entry.size))
+        call_s = min(entry.cost_s * entry.most, self._rate(entry.group) * max(self._limits.max_area, entry.size))
         if now + wait_s + call_s > entry.deadline:
             raise QueueFullError(f"it would take {wait_s + call_s:.1f} s, past the deadline", wait_s)
 
@@ -251,8 +253,9 @@ class Batcher(Generic[Item, Result]):
 
     def _due(self) -> float:
         """When an idle worker should begin, on the batcher's clock: never where nothing waits."""
-        limits = self._limits
-        if len(self._waiting) >= limits.max_batch or self._waiting_size >= limits.max_area:
+        if self._waiting and len(self._waiting) >= self._waiting[0].most:
+            return float("-inf")
+        if self._waiting_size >= self._limits.max_area:
             return float("-inf")
         busy = sum(bool(worker.batch) for worker in self._workers)
         least_s = 0.0 if busy < self._ready_workers else STANDBY_S
@@ -275,11 +278,10 @@ class Batcher(Generic[Item, Result]):
         batch: list[Entry[Item, Result]] = []
         # A burst is shared out among the workers that have nothing to do, this one included.
         free = self._ready_workers - sum(bool(worker.batch) for worker in self._workers)
-        most = min(self._limits.max_batch, -(-len(standing) // max(1, free)))
-        if standing and standing[0].gather_s:
-            # It has waited in order to share its call.
-            most = self._limits.max_batch
         if standing:
+            # Unless it has waited in order to share its call.
+            shared = -(-len(standing) // max(1, free)) if not standing[0].gather_s else len(standing)
+            most = min(standing[0].most, shared)
             smallest = largest = standing[0].size
             for entry in standing:
                 low, high = min(smallest, entry.size), max(largest, entry.size)

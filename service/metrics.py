@@ -86,6 +86,7 @@ class Metrics:
         self.ready = Gauge("sotto_ready", "1 while the service takes requests.", registry=registry)
         self.inference_threads = Gauge("sotto_inference_threads", "Concurrent graph calls in use.", registry=registry)
         self.intra_op_threads = Gauge("sotto_intra_op_threads", "Threads in one graph call.", registry=registry)
+        self.clips_a_call = Gauge("sotto_clips_a_call", "Clips that may share one graph call.", registry=registry)
         self.loop_lag = Histogram(
             "sotto_event_loop_lag_seconds", "How late the event loop wakes what sleeps.",
             buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5), registry=registry,

@@ -17,9 +17,10 @@ from service.audio import SAMPLE_RATE_HZ
 Feeds = dict[str, npt.NDArray[np.generic]]
 
 # Of each candidate, in each round: long enough for a hundred calls of a small graph.
-PROBE_S = 0.12
+PROBE_S = 0.08
 ROUNDS = 2
-# Calls side by side need no agreement between threads, so another way has to be better by this much.
+# Calls side by side need no agreement between threads, and calls of one clip no wait for others: so another way has to
+# be better by this much.
 CLEARLY_BETTER = 1.1
 
 
@@ -40,10 +41,7 @@ def choose_threads(graph: bytes, cpus: int) -> Threads:
     side_by_side = (cpus, 1)
     candidates = [side_by_side, (1, 1), (1, cpus)]
     sessions = {intra_op: open_session(graph, threads=intra_op) for _, intra_op in candidates}
-    feeds: Feeds = {
-        "waveform": np.full((1, SAMPLE_RATE_HZ), 0.01, np.float32),
-        "lengths": np.array([SAMPLE_RATE_HZ], np.int64),
-    }
+    feeds = _seconds(1)
     for session in sessions.values():
         session.run(None, feeds)
     found: dict[tuple[int, int], list[float]] = {candidate: [] for candidate in candidates}
@@ -54,6 +52,21 @@ def choose_threads(graph: bytes, cpus: int) -> Threads:
     best = max(rates, key=rates.__getitem__)
     callers, intra_op = best if rates[best] > CLEARLY_BETTER * rates[side_by_side] else side_by_side
     return Threads(callers, intra_op, rates)
+
+
+def clips_a_call(graph: bytes, threads: Threads, most: int) -> int:
+    """1, or `most` where so many one-second clips in a call are clearly faster than as many calls. Where a processor's
+    caches hold what a clip needs and not what eight do, they are slower."""
+    if most == 1:
+        return 1
+    session = open_session(graph, threads=threads.intra_op)
+    rates: dict[int, list[float]] = {1: [], most: []}
+    for count in rates:
+        session.run(None, _seconds(count))
+    for _ in range(ROUNDS):
+        for count, found in rates.items():
+            found.append(count * calls_per_s(session, _seconds(count), threads.callers, PROBE_S))
+    return most if sum(rates[most]) > CLEARLY_BETTER * sum(rates[1]) else 1
 
 
 def standby(callers: int, intra_op: int, cpus: int) -> int:
@@ -69,6 +82,14 @@ def calls_per_s(session: Session, feeds: Feeds, callers: int, seconds: float) ->
         done = sum(one.result() for one in calling)
     # Measured, since a slow graph's last calls end long after they were to.
     return done / (time.perf_counter() - begin)
+
+
+def _seconds(count: int) -> Feeds:
+    """So many one-second clips."""
+    return {
+        "waveform": np.full((count, SAMPLE_RATE_HZ), 0.01, np.float32),
+        "lengths": np.full(count, SAMPLE_RATE_HZ, np.int64),
+    }
 
 
 def _call_until(end: float, session: Session, feeds: Feeds) -> int:

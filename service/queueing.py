@@ -78,6 +78,7 @@ class Entry(Generic[Item, Result]):
     cost_s: float  # predicted
     turn: float  # least goes first
     gather_s: float
+    most: int  # items in its call
     deadline: float
     enqueued: float
     abandoned: Callable[[], bool]
@@ -120,8 +121,8 @@ def _deliver(outcomes: Sequence[tuple[Entry[Item, Result], Timed[Result] | Excep
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """max_batch items and max_area (padded size: largest x count) a call; max_waiting size in the queue;
-    a call that takes longer than hang_s is given up."""
+    """max_batch items, where an item does not ask for fewer, and max_area (padded size: largest x count) a call;
+    max_waiting size in the queue; a call that takes longer than hang_s is given up."""
 
     max_batch: int
     max_area: float

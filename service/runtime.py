@@ -30,7 +30,7 @@ from service.jobs import Advanced, BatchObserver, Job, Step, run_batch
 from service.live import LiveStreams
 from service.metrics import Metrics
 from service.models import Models
-from service.probe import choose_threads, standby
+from service.probe import Threads, choose_threads, clips_a_call, standby
 from service.queueing import (
     AbandonedError,
     CallFailedError,
@@ -292,6 +292,7 @@ class Runtime:
                     group=group,
                     priority=priority,
                     gather_s=gather_s,
+                    most=self.clips_a_call if isinstance(job, Job) else None,
                     abandoned=clock.abandoned,
                 )
         except AbandonedError as error:
@@ -319,8 +320,7 @@ class Runtime:
         settings = self.settings
         callers, intra_op = settings.inference_threads, settings.intra_op_threads
         if not callers and not intra_op and settings.provider == "cpu":
-            bundle = self.engine.bundle
-            chosen = choose_threads(part_of(bundle.read(bundle.manifest.graph.file), PARTS["keywords"]), cpus)
+            chosen = choose_threads(self._keywords_graph(), cpus)
             log.info("graph calls at once, threads in each, seconds of audio a second: %s", chosen.rates)
             callers, intra_op = chosen.callers, chosen.intra_op
         if intra_op > self.intra_op_threads:
@@ -328,9 +328,18 @@ class Runtime:
             self.intra_op_threads = intra_op
             self.models.start()
         callers = callers or max(1, cpus // self.intra_op_threads)
+        self.clips_a_call = settings.clips_a_call or settings.max_batch
+        if not settings.clips_a_call and settings.provider == "cpu":
+            threads = Threads(callers, self.intra_op_threads, {})
+            self.clips_a_call = clips_a_call(self._keywords_graph(), threads, settings.max_batch)
         self.metrics.inference_threads.set(callers)
         self.metrics.intra_op_threads.set(self.intra_op_threads)
+        self.metrics.clips_a_call.set(self.clips_a_call)
         return callers
+
+    def _keywords_graph(self) -> bytes:
+        bundle = self.engine.bundle
+        return part_of(bundle.read(bundle.manifest.graph.file), PARTS["keywords"])
 
     def _became_default(self, engine: Engine) -> None:
         manifest = engine.manifest

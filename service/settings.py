@@ -76,7 +76,10 @@ class Settings(BaseSettings):
     intra_op_threads: int = Field(default=0, ge=0, le=64, description="Threads in one call; 0: measured at start.")
     provider: Provider = Field(default="cpu", description="Where graphs run; `cuda` needs onnxruntime-gpu.")
     decode_threads: int = Field(default=0, ge=0, le=256, description="Concurrent decodes; 0: one a CPU.")
-    max_batch: int = Field(default=8, ge=1, le=256)
+    max_batch: int = Field(default=8, ge=1, le=256, description="Clips or streams in one graph call at most.")
+    clips_a_call: int = Field(
+        default=0, ge=0, le=256, description="Clips in one graph call, up to that; 0: measured at start, one or all."
+    )
     max_batch_audio_s: float = Field(default=32.0, gt=0, description="Cap on padded audio in one graph call.")
     call_timeout_s: float = Field(
         default=30.0, gt=0, description="A graph call or a decoder that takes longer is given up."

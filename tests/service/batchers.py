@@ -98,9 +98,12 @@ def submit(
     group: Hashable = None,
     priority: Priority = Priority.CLIP,
     gather_s: float = 0.0,
+    most: int | None = None,
 ) -> asyncio.Task[float]:
     async def one() -> float:
-        timed = await made.submit(item, size=item, deadline=deadline, group=group, priority=priority, gather_s=gather_s)
+        timed = await made.submit(
+            item, size=item, deadline=deadline, group=group, priority=priority, gather_s=gather_s, most=most
+        )
         return timed.value
 
     return asyncio.ensure_future(one())

@@ -155,6 +155,37 @@ def test_items_of_different_length_are_not_padded_together() -> None:
     assert asyncio.run(main()) == [[1.0], [1.0, 1.2], [8.0]]
 
 
+def test_an_item_says_how_many_share_its_call() -> None:
+    async def main() -> list[list[float]]:
+        gate = Gate()
+        with batcher(gate, max_batch=3) as (made, observer):
+            tasks = [submit(made, 10.0)]
+            await entered(gate)
+            tasks += [submit(made, 11.0 + index, most=most) for index, most in enumerate((1, 1, 2, 2, 9, 9, 9, 9))]
+            await queued(observer, 8)
+            gate.open.set()
+            await asyncio.gather(*tasks)
+        return gate.calls
+
+    # No more than all may be, however many one asks for.
+    assert asyncio.run(main()) == [[10.0], [11.0], [12.0], [13.0, 14.0], [15.0, 16.0, 17.0], [18.0]]
+
+
+def test_an_item_that_goes_alone_waits_for_no_one_on_standby() -> None:
+    async def main() -> list[list[float]]:
+        gate = Gate()
+        with batcher(gate, workers=2, standby=1, max_batch=3, clock=lambda: 0.0) as (made, _):
+            tasks = [submit(made, 1.0, most=1)]
+            await entered(gate)
+            tasks.append(submit(made, 1.1, most=1))
+            await entered(gate)
+            gate.open.set()
+            await asyncio.gather(*tasks)
+        return gate.calls
+
+    assert asyncio.run(asyncio.wait_for(main(), 20)) == [[1.0], [1.1]]
+
+
 @pytest.mark.parametrize(("max_batch", "max_area", "sizes"), [(2, 100.0, [2, 2, 1]), (4, 3.0, [3, 2])])
 def test_batches_keep_to_their_limits(max_batch: int, max_area: float, sizes: list[int]) -> None:
     async def main() -> list[int]:

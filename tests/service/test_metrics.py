@@ -116,6 +116,7 @@ def test_promtool_finds_no_fault(busy: RunningService) -> None:
         ("sotto_enrolment_clips", "counter", {"outcome"}),
         ("sotto_worker_failures", "counter", {"kind"}),
         ("sotto_ready", "gauge", set()),
+        ("sotto_clips_a_call", "gauge", set()),
         ("sotto_inference_threads", "gauge", set()),
         ("sotto_model_info", "gauge", {"name", "version", "digest"}),
         ("process_resident_memory_bytes", "gauge", set()),

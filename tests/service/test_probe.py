@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from service import probe
-from service.probe import choose_threads, standby
+from service.probe import Threads, choose_threads, clips_a_call, standby
 
 
 @pytest.mark.parametrize(
@@ -60,3 +60,30 @@ def test_calls_run_side_by_side_unless_another_way_is_clearly_better(
     found = choose_threads(b"a graph", 4)
     assert (found.callers, found.intra_op) == chosen
     assert found.rates == rates
+
+
+@pytest.mark.parametrize(("calls_of_eight", "chosen"), [(10.0, 1), (13.7, 1), (13.8, 8), (100.0, 8)])
+def test_clips_share_a_call_where_that_is_clearly_faster(
+    monkeypatch: pytest.MonkeyPatch, calls_of_eight: float, chosen: int
+) -> None:
+    rates = {1: 100.0, 8: calls_of_eight}
+    asked: list[tuple[int, int]] = []
+
+    class Graph:
+        def run(self, *_: object) -> None:
+            pass
+
+    def calls_per_s(_: object, feeds: probe.Feeds, callers: int, __: float) -> float:
+        count = len(feeds["waveform"])
+        asked.append((count, callers))
+        return rates[count]
+
+    monkeypatch.setattr(probe, "open_session", lambda *_, **__: Graph())
+    monkeypatch.setattr(probe, "calls_per_s", calls_per_s)
+    assert clips_a_call(b"a graph", Threads(4, 1, {}), 8) == chosen
+    # In turns, so that what slows the machine slows both.
+    assert asked == [(1, 4), (8, 4)] * probe.ROUNDS
+
+
+def test_where_one_clip_is_all_a_call_may_have_nothing_is_asked() -> None:
+    assert clips_a_call(b"no graph", Threads(2, 1, {}), 1) == 1
