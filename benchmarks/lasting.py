@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.clients import CLIENTS, ROUNDS, Setting, clip, load, median
+from benchmarks.clients import CLIENTS, CPUS, ROUNDS, Setting, clip, load, median
 from benchmarks.load import Result
 from benchmarks.servers import sotto
 from model_store import LocalStore
@@ -160,8 +160,8 @@ def soak(setting: Setting) -> list[str]:
         "## soak",
         "",
         f"{setting.soak_s / 60:.0f} minutes of clips of 0.5 to 15 s at {rate:.0f}/s, six tenths of what was possible "
-        f"at the start: {early:.0f} MB resident in the first tenth, {late:.0f} MB in the last, "
-        f"{late / early - 1:+.1%} (bar: within 3 %); {found.failures} failures of {sum(found.statuses.values())}.",
+        f"at the start on {CPUS} core{'s' * (CPUS > 1)}: {early:.0f} MB resident in the first tenth, {late:.0f} MB in "
+        f"the last, {late / early - 1:+.1%} (bar: within 3 %); {found.failures} failures of {sum(found.statuses.values())}.",
         "",
         "![resident memory](memory.png)",
     ]
