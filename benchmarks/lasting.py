@@ -161,7 +161,8 @@ def soak(setting: Setting) -> list[str]:
         "",
         f"{setting.soak_s / 60:.0f} minutes of clips of 0.5 to 15 s at {rate:.0f}/s, six tenths of what was possible "
         f"at the start on {CPUS} core{'s' * (CPUS > 1)}: {early:.0f} MB resident in the first tenth, {late:.0f} MB in "
-        f"the last, {late / early - 1:+.1%} (bar: within 3 %); {found.failures} failures of {sum(found.statuses.values())}.",
+        f"the last, {late / early - 1:+.1%} (bar: within 3 %); {found.failures} failures of "
+        f"{sum(found.statuses.values())}.",
         "",
         "![resident memory](memory.png)",
     ]
