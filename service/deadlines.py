@@ -18,9 +18,9 @@ def until(deadline: float) -> asyncio.Timeout:
     return asyncio.timeout(deadline - time.monotonic())
 
 
-async def within(pool: Executor | None, work: Callable[[], T], deadline: float) -> T:
-    """What `work` returns in a thread of the pool, the event loop's own where it is None. Work that has not begun by
-    the deadline never does; work that has is not waited for. Raises DeadlineExceededError and what `work` does."""
+async def within(pool: Executor, work: Callable[[], T], deadline: float) -> T:
+    """What `work` returns in a thread of the pool. Work that has not begun by the deadline never does; work that has is
+    not waited for. Raises DeadlineExceededError and what `work` does."""
     if time.monotonic() >= deadline:
         raise DeadlineExceededError("the deadline passed before the work began")
     loop = asyncio.get_running_loop()

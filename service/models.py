@@ -11,6 +11,8 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from model_store import Bundle, BundleError, LocalStore, ModelNotFoundError, StoreError
 from service.engine import Engine
@@ -18,9 +20,12 @@ from service.errors import ModelUnusableError, NotFoundError
 
 # After a bundle did not load.
 TRY_AGAIN_S = 60.0
+# That look into the store, and load.
+THREADS = 4
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Load = Callable[[Bundle], Engine]
 Changed = Callable[[Engine], None]
 
@@ -55,10 +60,20 @@ class Models:
         self._unusable: dict[str, tuple[str, float]] = {}
         self._refreshing = asyncio.Lock()
         self._coming: dict[str, asyncio.Task[Engine]] = {}
+        # A store on a network may never answer, and for threads of asyncio's own its end would wait.
+        self.threads = ThreadPoolExecutor(THREADS, thread_name_prefix="models")
 
     def start(self) -> None:
         """Load the default model. Blocking. Raises model_store.StoreError."""
         self._adopt(self._load(self._store.resolve(self._reference)))
+
+    def close(self, patience_s: float) -> bool:
+        """Stop all threads; False where some were still in a call that long after. Blocking."""
+        self.threads.shutdown(wait=False, cancel_futures=True)
+        end = time.monotonic() + patience_s
+        for thread in self.threads._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        return not any(thread.is_alive() for thread in self.threads._threads)
 
     @property
     def default(self) -> Engine:
@@ -97,7 +112,7 @@ class Models:
         """
         await self._ensure(await self._resolve(f"{name}@{version}"))
         try:
-            await asyncio.to_thread(self._store.set_alias, name, alias, version)
+            await self._beside(lambda: self._store.set_alias(name, alias, version))
         except StoreError as error:
             raise ModelUnusableError(str(error)) from error
         except OSError as error:
@@ -118,7 +133,7 @@ class Models:
 
     async def _resolve(self, reference: str) -> Bundle:
         try:
-            return await asyncio.to_thread(self._store.resolve, reference)
+            return await self._beside(lambda: self._store.resolve(reference))
         except (ModelNotFoundError, BundleError) as error:
             raise NotFoundError(str(error)) from error
 
@@ -143,9 +158,12 @@ class Models:
 
     async def _load_beside(self, bundle: Bundle) -> Engine:
         async with self._loading:
-            engine = await asyncio.to_thread(self._load, bundle)
+            engine = await self._beside(lambda: self._load(bundle))
         self._keep(engine)
         return engine
+
+    async def _beside(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self.threads, work)
 
     def _touched(self, digest: str) -> Engine | None:
         engine = self._loaded.get(digest)

@@ -130,14 +130,16 @@ class Runtime:
         return self.models.default
 
     def close(self, grace_s: float) -> bool:
-        """Finish what is queued, then stop every thread; False where one hangs in the database. Blocking."""
+        """Finish what is queued, then stop every thread; False where one hangs in the database or the model store.
+        Blocking."""
         self.metrics.ready.set(0)
         self.batcher.close(grace_s)
         self.decoders.close(grace_s)
+        ended = self.models.close(grace_s)
         if not self.profile_threads.close(grace_s):
             return False
         self.profiles.close()
-        return True
+        return ended
 
     def checks(self) -> dict[str, bool]:
         """What readiness depends on, each by itself."""

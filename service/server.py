@@ -158,7 +158,7 @@ def run(settings: Settings) -> int:
     server.run(sockets)
     if not runtime.closed:
         # Python would wait for that thread.
-        log.error("leaving a thread behind that hangs in the profile database")
+        log.error("leaving a thread behind that hangs in the profile database or the model store")
         logging.shutdown()
         os._exit(0)
     return 0 if server.started else 1

@@ -75,7 +75,7 @@ async def list_models(request: Request, caller: Infers) -> Response:  # noqa: AR
     def described() -> list[ModelAnswer]:
         return [_describe(runtime, name) for name in runtime.store.names()]
 
-    models = await within(None, described, deadline_of(request, runtime.settings))
+    models = await within(runtime.models.threads, described, deadline_of(request, runtime.settings))
     return answer(ModelsAnswer(default=model_info(runtime.engine), models=models))
 
 
@@ -97,7 +97,7 @@ async def show_model(request: Request, caller: Infers, name: str) -> Response:  
             raise NotFoundError(f"no model {name[:80]!r}")
         return _describe(runtime, name)
 
-    return answer(await within(None, described, deadline_of(request, runtime.settings)))
+    return answer(await within(runtime.models.threads, described, deadline_of(request, runtime.settings)))
 
 
 @router.post(

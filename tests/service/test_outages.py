@@ -173,6 +173,39 @@ def test_a_service_whose_database_falls_mute_still_ends(
     assert "leaving a thread behind" in service.log.read_text()
 
 
+MUTE_STORE = """
+import time
+from pathlib import Path
+from model_store import LocalStore
+resolve = LocalStore.resolve
+def hang(store, reference):
+    while Path({flag!r}).exists():
+        time.sleep(0.1)
+    return resolve(store, reference)
+LocalStore.resolve = hang
+"""
+
+
+def test_a_service_whose_model_store_falls_mute_serves_what_is_loaded_and_still_ends(
+    tmp_path: Path, started: list[RunningService], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flag = tmp_path / "mute"
+    (tmp_path / "sitecustomize.py").write_text(MUTE_STORE.format(flag=str(flag)))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    service = start_service(tmp_path, request_timeout_s="1")
+    started.append(service)
+    flag.touch()
+    clip = encoded(voice(1.0))
+    named = service.post("/v1/keywords/detect?model=sotto-micro", clip)
+    assert (named.status_code, named.json()["code"]) == (504, "deadline_exceeded")
+    assert service.post("/v1/keywords/detect", clip).status_code == 200
+    assert service.get("/readyz").status_code == 200
+    os.kill(service.process.pid, signal.SIGTERM)
+    assert service.process.wait(PATIENCE_S) == 0
+    assert flag.exists()
+    assert "leaving a thread behind" in service.log.read_text()
+
+
 def test_ready_without_profiles_where_an_operator_says_so(
     proxied: tuple[str, Proxy], tmp_path: Path, started: list[RunningService]
 ) -> None:
