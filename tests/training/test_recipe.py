@@ -228,6 +228,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "edge-third": Recipe,
     "edge-fourth": Recipe,
     "micro-nearer": Recipe,
+    "micro-third": Recipe,
     "base": Recipe,
     "micro": Recipe,
     "teacher": PretrainRecipe,
