@@ -379,12 +379,12 @@ class BoundedStream(WebSocketsSansIOProtocol):
             self.transport.abort()
 
 
-async def cut_off_unread(connections: Collection[Any], timeout_s: float) -> None:
-    """For ever: abort connections whose client takes too little of what is written, each time for `timeout_s`. A
-    transport that was closed waits for that client as well."""
-    readers = Readers(timeout_s, asyncio.get_running_loop().time)
+async def cut_off_unread(connections: Collection[Any], bounds: Settings) -> None:
+    """For ever: abort connections whose client takes too little of what is written (`unread.py`). A transport that was
+    closed waits for that client as well."""
+    readers = Readers(bounds.send_timeout_s, bounds.unread_bytes, asyncio.get_running_loop().time)
     while True:
-        await asyncio.sleep(min(UNREAD_LOOK_EVERY_S, timeout_s / 2))
+        await asyncio.sleep(min(UNREAD_LOOK_EVERY_S, bounds.send_timeout_s / 2))
         found = list(connections)
         slow = set(readers.too_slow(found))
         for connection in found:

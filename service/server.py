@@ -61,9 +61,7 @@ class Server(uvicorn.Server):
         backlog = self.config.backlog
         self.servers = [Listener(bound, protocol, backlog) for bound in sockets or []]  # type: ignore[misc]  # all that uvicorn asks of a server
         # Also while it drains: a client that does not read must not use up the grace.
-        self._cutting = asyncio.create_task(
-            cut_off_unread(self.server_state.connections, self._settings.send_timeout_s)
-        )
+        self._cutting = asyncio.create_task(cut_off_unread(self.server_state.connections, self._settings))
         port = self.servers[0].sockets[0].getsockname()[1]
         host = _address(self._settings.host)
         manifest = self._runtime.engine.manifest

@@ -126,6 +126,12 @@ class Settings(BaseSettings):
         gt=0,
         description="A client that reads nothing for this long, or less than `least_body_rate` asks, is cut off.",
     )
+    unread_bytes: int = Field(
+        default=2**28,
+        ge=0,
+        description="Answers that clients have not read yet, of all together; past it, those are cut off that have had "
+        "the longest to read.",
+    )
     access_log: bool = Field(
         default=False, description="Log every request; else changes, refused callers and failures only."
     )

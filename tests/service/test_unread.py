@@ -56,7 +56,7 @@ def cut_after_s(connection: Connection, **rates: int) -> int | None:
 
 def _cut_after_s(connection: Connection, *, taken_each_s: int, written_each_s: int, for_s: int = 100) -> int | None:
     now = 0
-    readers = Readers(30.0, lambda: now)
+    readers = Readers(30.0, 10**9, lambda: now)
     connection.transport.write(bytes(100_000))
     for now in range(for_s):
         if list(readers.too_slow([connection])):
@@ -80,6 +80,28 @@ def test_without_a_least_rate_any_byte_will_do() -> None:
 def test_the_last_bytes_have_no_longer_time_than_others() -> None:
     assert cut_after_s(Connection(10_000), taken_each_s=3_300, written_each_s=0, for_s=200) == 30
     assert cut_after_s(Connection(1000), taken_each_s=3_400, written_each_s=0) is None
+
+
+def test_past_what_all_may_leave_unread_the_first_to_have_had_it_go() -> None:
+    now = 0.0
+    readers = Readers(30.0, 250_000, lambda: now)
+    connections = [Connection(0) for _ in range(4)]
+
+    def cut(*written: int) -> list[int]:
+        for index in written:
+            connections[index].transport.write(bytes(100_000))
+        return [connections.index(one) for one in readers.too_slow(connections)]
+
+    assert cut(0) == []
+    now = 1.0
+    assert cut(1) == []
+    # That it reads all and is written anew makes it the last of the three.
+    connections[0].unread_bytes = 0
+    assert cut() == []
+    now = 2.0
+    assert cut(0, 2) == [1]
+    # With a fourth, two have to go.
+    assert cut(3) == [1, 0]
 
 
 def test_who_takes_something_now_and_then_has_to_take_enough(tmp_path: Path, started: list[RunningService]) -> None:
