@@ -174,6 +174,23 @@ def test_the_last_layers_learn_and_the_speaker_branch_stays(tried: TinyRun, weig
     torch.testing.assert_close(*speakers, rtol=0, atol=1e-5)
 
 
+def test_a_run_goes_on_from_one_before_it(tried: TinyRun, weights: Path, tmp_path: Path) -> None:
+    schedule = tried.recipe.schedule.model_copy(update={"steps": 1, "warmup_steps": 1000})
+    content = tried.recipe.model_dump(mode="json")
+    further = {**content, "begin": None, "after": content, "schedule": schedule.model_dump(), "name": "further"}
+    folder = train(Recipe.model_validate(further), tmp_path / "run", tried.cache)
+    published = WhisperTrunk(SHAPE)
+    begin_trunk(published, weights)
+    first, further_on = (load_student(each)[0] for each in (folder / "before", folder))
+    learnt = "trunk.layers.1.project.weight"
+    moved = (further_on.state_dict()[learnt] - first.state_dict()[learnt]).abs().max()
+    apart = (first.state_dict()[learnt] - published.state_dict()[learnt.removeprefix("trunk.")]).abs().max()
+    assert moved < apart / 10
+    clip = noise(9000)
+    speakers = (run(student, clip).speaker_embedding for student in (further_on, load_student(tried.folder)[0]))
+    torch.testing.assert_close(*speakers, rtol=0, atol=1e-5)
+
+
 def test_new_blocks_are_normalised_from_the_first_step_on(tried: TinyRun, tmp_path: Path) -> None:
     schedule = tried.recipe.schedule.model_copy(update={"steps": 1})
     recipe = tried.recipe.model_copy(update={"schedule": schedule})
