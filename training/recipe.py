@@ -236,8 +236,8 @@ class Recipe(_Strict):
             raise ValueError(f"{self.trunk.learning} layers of the trunk cannot learn, it has {layers}")
         if self.init is not None or self.before_share:
             raise ValueError(
-                "a student with a trunk begins with Whisper's weights, and perhaps a bundle's speaker branch, or goes on "
-                "from a run (after)"
+                "a student with a trunk begins with Whisper's weights, and perhaps a bundle's speaker branch, or goes "
+                "on from a run (after)"
             )
         if self.begin is not None and self.only != "keywords":
             raise ValueError(
