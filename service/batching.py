@@ -1,9 +1,10 @@
 """The dynamic batcher: turns single submissions into batched calls. Knows nothing of audio or HTTP.
 
 A worker that is free takes the item whose turn it is at once, together with waiting items of its group and
-of similar size, where calls of several are worth it (`most`); what arrives while all workers are busy waits and is
-batched by the next free one. So an idle service adds no delay, but to items that are said to wait a moment for others
-(`gather_s`), and a busy one fills its batches by itself.
+of similar size; what arrives while all workers are busy waits and is batched by the next free one. So an idle service
+adds no delay, but to items that are said to wait a moment for others (`gather_s`), and a busy one fills its batches by
+itself. Items whose calls gain nothing from company say so (`most`), until the queue is so long that they have waited
+for BEHIND_S: then what counts is that workers ask for the interpreter less often, of which the event loop has need.
 
 Where there are as many workers as cores, one of them runs on the event loop's: there a small batch costs more than
 the same items would have in the next one of another worker. So workers may be on standby: these begin when as much
@@ -20,7 +21,10 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+import contextlib
 import logging
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -53,6 +57,12 @@ SPEED_MEMORY = 0.1
 SLOWEST_RATIO = 4.0
 # How long an item waits until a worker on standby takes it. About a call of a full batch of short clips.
 STANDBY_S = 0.010
+# From then on an item takes along as many as may share a call. With one core for two threads that compute and a client,
+# twice as much offered as can be done, calls of eight answered 1,040 to 1,100 clips a second, of one 760 to 820.
+BEHIND_S = 0.05
+# How much nicer workers are than the event loop (2.4 times less weight): where both want a core, more people wait for a
+# word from the loop (refusals, probes, streams) than for one graph call.
+NICENESS = 4
 # How often a worker that stopped or hangs is noticed.
 SUPERVISION_S = 0.5
 # After a worker died or hung, so that whoever asks every few seconds whether to send requests here sees it.
@@ -129,7 +139,7 @@ class Batcher(Generic[Item, Result]):
     ) -> Timed[Result]:
         """Wait for the item's result. `size` is its cost, such as seconds of audio; `deadline` is on the
         batcher's clock; `gather_s` is how long it waits for others to share its call, if they do not fill it before;
-        `most`, if given, is how many share it at most.
+        `most`, if given, is how many share it at most, as long as it has not waited for BEHIND_S.
         Cancelling the task drops the item before its call, as does `abandoned`, asked from a worker's thread, when
         it says that nobody waits any more.
 
@@ -222,6 +232,9 @@ class Batcher(Generic[Item, Result]):
         worker.thread.start()
 
     def _work(self, worker: _Worker[Item, Result]) -> None:
+        if sys.platform == "linux":  # Elsewhere it would be of the process.
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, 0, min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICENESS))
         while True:
             with self._wake:
                 while not self._closing and (due := self._due()) > (now := self._clock()):
@@ -281,7 +294,8 @@ class Batcher(Generic[Item, Result]):
         if standing:
             # Unless it has waited in order to share its call.
             shared = -(-len(standing) // max(1, free)) if not standing[0].gather_s else len(standing)
-            most = min(standing[0].most, shared)
+            behind = now - standing[0].enqueued >= BEHIND_S
+            most = min(self._limits.max_batch if behind else standing[0].most, shared)
             smallest = largest = standing[0].size
             for entry in standing:
                 low, high = min(smallest, entry.size), max(largest, entry.size)

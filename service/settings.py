@@ -78,7 +78,10 @@ class Settings(BaseSettings):
     decode_threads: int = Field(default=0, ge=0, le=256, description="Concurrent decodes; 0: one a CPU.")
     max_batch: int = Field(default=8, ge=1, le=256, description="Clips or streams in one graph call at most.")
     clips_a_call: int = Field(
-        default=0, ge=0, le=256, description="Clips in one graph call, up to that; 0: measured at start, one or all."
+        default=0,
+        ge=0,
+        le=256,
+        description="Clips in one graph call while none has to wait long; 0: measured at start, one or `max_batch`.",
     )
     max_batch_audio_s: float = Field(default=32.0, gt=0, description="Cap on padded audio in one graph call.")
     call_timeout_s: float = Field(
