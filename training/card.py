@@ -47,6 +47,7 @@ def card(manifest: Manifest, report: Report, data: Data, about: str = "") -> str
         labels=len(manifest.keywords.labels),
         languages=", ".join(sorted({entry.label.split(":")[0] for entry in manifest.keywords.labels})),
         gives=_gives(manifest),
+        arithmetic=IN_EIGHT_BITS if manifest.graph.arithmetic == "int8" else "",
         parameters=manifest.graph.parameters / 1e6,
         licence=manifest.licence,
         about=about.strip() or UNSAID,
@@ -125,9 +126,10 @@ def _corpora(clips: list[Clip]) -> list[str]:
     return lines
 
 
+IN_EIGHT_BITS = " Clips are computed in eight bits, streams in float."
 CARD_TEXT = """# {name}
 
-{parameters:.2f} M parameters: {labels} keywords ({languages}) with times, {gives}.
+{parameters:.2f} M parameters: {labels} keywords ({languages}) with times, {gives}.{arithmetic}
 
 {about}
 

@@ -68,6 +68,13 @@ def test_a_card_without_a_word_from_its_maker_says_so(made_draft: tuple[Path, Ma
     assert UNSAID in card(made_draft[1], REPORT, data)
 
 
+def test_a_card_says_in_what_clips_are_computed(made_draft: tuple[Path, Manifest], data: Data) -> None:
+    manifest = made_draft[1]
+    rounded = manifest.graph.model_copy(update={"weights": "int8", "arithmetic": "int8"})
+    assert "eight bits" not in card(manifest, REPORT, data)
+    assert "eight bits, streams in float" in card(manifest.model_copy(update={"graph": rounded}), REPORT, data)
+
+
 PLAIN = GraphInfo(file="model.onnx", opset=17, parameters=1)
 
 
