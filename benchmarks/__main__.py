@@ -46,10 +46,11 @@ def main() -> None:
     if unknown:
         parser.error(f"there is no measurement {', '.join(sorted(unknown))}")
     store = LocalStore(builtin_store_path())
-    bundle, default = store.resolve(given.model), store.resolve(DEFAULT).manifest
+    bundle = store.resolve(given.model)
+    model = f"{bundle.manifest.name}@{bundle.manifest.version}"
     title = (
-        f"# The service on {CPUS} cores\n\n`make bench`: {default.name}@{default.version}, "
-        f"{platform.machine()}, Python {platform.python_version()}; load generators share the cores.\n"
+        f"# The service on {CPUS} cores\n\n`make bench`: {platform.machine()}, Python {platform.python_version()}; "
+        "load generators share the cores.\n"
     )
     for name in given.names or MEASURES:
         with scratch() as folder:
@@ -62,7 +63,10 @@ def main() -> None:
             )
             lines = MEASURES[name](setting)
         if given.model != DEFAULT:
-            lines[0] += f", {bundle.manifest.name}@{bundle.manifest.version}"
+            lines[0] += f", {model}"
+        else:
+            # Sections are measured one by one, and versions move on.
+            lines += ["", f"With {model}."]
         print("\n".join(lines), flush=True)  # noqa: T201  the command's output
         write(title, lines)
 
