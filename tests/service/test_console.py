@@ -147,6 +147,8 @@ class Browser:
         return found
 
     def click(self, element: str) -> None:
+        # While the page is at something, a click on what is greyed out would be lost.
+        self.until(lambda: not self.value(f"document.getElementById({element!r}).disabled"))
         self.value(f"document.getElementById({element!r}).click()")
 
     def until(self, holds: Callable[[], bool], within_s: float = 30) -> None:
