@@ -62,8 +62,8 @@ def test_calls_run_side_by_side_unless_another_way_is_clearly_better(
     assert found.rates == rates
 
 
-@pytest.mark.parametrize(("calls_of_eight", "chosen"), [(10.0, 1), (13.7, 1), (13.8, 8), (100.0, 8)])
-def test_clips_share_a_call_where_that_is_clearly_faster(
+@pytest.mark.parametrize(("calls_of_eight", "chosen"), [(10.0, 1), (18.7, 1), (18.8, 8), (100.0, 8)])
+def test_clips_share_a_call_where_that_is_worth_waiting_for(
     monkeypatch: pytest.MonkeyPatch, calls_of_eight: float, chosen: int
 ) -> None:
     rates = {1: 100.0, 8: calls_of_eight}
