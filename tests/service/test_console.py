@@ -191,9 +191,9 @@ def browser(service: RunningService, tmp_path: Path) -> Iterator[Browser]:
 def test_words_are_shown_as_a_microphone_hears_them(browser: Browser, service: RunningService) -> None:
     browser.until(lambda: "@" in browser.text("model"))
     assert browser.text("model").startswith("sotto-edge@")
-    assert browser.value("document.getElementById('keywords').childElementCount") == len(
-        service.get("/v1/keywords").json()["keywords"]
-    )
+    # The page asks for its keywords after its model, so both are waited for.
+    keywords = len(service.get("/v1/keywords").json()["keywords"])
+    browser.until(lambda: browser.value("document.getElementById('keywords').childElementCount") == keywords)
     # Nobody is asked for a key that the service does not want.
     assert browser.value("document.getElementById('key').checkVisibility()") is False
     browser.click("listen")
