@@ -11,6 +11,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+# As `loop.call_soon`.
+Later = Callable[..., object]
+
 # So few requests cannot be too many, whatever holds them up; the batcher still guards its own queue.
 FEW = 64
 # Weight of the newest answer in the running estimate of the time between two.
@@ -30,11 +33,31 @@ class Congestion:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self._turn_began: float | None = None
+        self._turn_s = 0.0
+        self._turned_at = float("-inf")
         self._under_way = 0
         self._between_s = 0.0
         self._last: float | None = None
         # When the crowd came together or had its latest answer.
         self._heard = 0.0
+
+    def hear(self, later: Later) -> None:
+        """A request's head is read. What the loop has not read yet is in no queue of ours, but waits for as long as a
+        turn of the loop takes. So turns are timed: from the first head of one to what is called `later` and `later`
+        again, which is when the heads of the next have been read."""
+        if self._turn_began is None:
+            self._turn_began = now = self._clock()
+            if now - self._turned_at > self._turn_s:
+                # There were turns without any since: it says nothing of this one.
+                self._turn_s = 0.0
+            later(later, self._turned)
+
+    def _turned(self) -> None:
+        self._turned_at = self._clock()
+        if self._turn_began is not None:
+            self._turn_s = self._turned_at - self._turn_began
+            self._turn_began = None
 
     def begin(self) -> None:
         """A request is there as a whole."""
@@ -58,8 +81,12 @@ class Congestion:
 
     @property
     def wait_s(self) -> float:
-        """How long a request that comes in now would be under way; 0 while there are few."""
-        return self._under_way * self._pace_s(self._clock()) if self._under_way >= FEW else 0.0
+        """How long a request whose head is read now has waited and would be under way; 0 while there are few."""
+        if self._under_way < FEW:
+            return 0.0
+        now = self._clock()
+        turn_s = max(self._turn_s, now - self._turn_began if self._turn_began is not None else 0.0)
+        return self._under_way * self._pace_s(now) + turn_s
 
     def _pace_s(self, now: float) -> float:
         """Between two answers; once stale, half as long after each `STALE_S`."""

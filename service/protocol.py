@@ -1,9 +1,11 @@
 """HTTP/1.1 and WebSockets with clients that are slow, greedy or many. uvicorn bounds none of these by itself:
 
 a head that trickles in or has no end, trailers without end, a body slower than `least_body_rate`, an answer read more
-slowly than that or not at all (`unread.py`), more connections than `limit_connections`, past which only probes and
-metrics are answered (past twice as many, nothing), and more requests than can be answered in time: those are turned
-away at their head (`congestion.py`).
+slowly than that or not at all (`unread.py`), more connections than `limit_connections`, and more requests than can be
+answered in time: those are turned away at their head (`congestion.py`). Of too many connections the one that has been
+idle for longest is closed. Where none is idle, those that came last are answered probes and metrics only, and past
+twice as many nothing. They are kept: taking one in costs as much as several refusals, and where all were sent away to
+come again the loop had time for nothing else.
 """
 
 from __future__ import annotations
@@ -29,7 +31,6 @@ from service.errors import (
     OverloadedError,
     RequestTooSlowError,
     ServiceError,
-    problem_response,
 )
 from service.intake import TIMEOUT_HEADER, time_given_s
 from service.lingering import LingeringTransport
@@ -58,9 +59,6 @@ REQUEST_ID = "X-Request-ID"
 _PLAIN_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 # Times `limit_connections`: here even an answer would cost too much.
 NOT_ACCEPTED = 2
-# From this share of `limit_connections` on, who comes is not kept for long: idle ones must not shut others out.
-CROWDED = 0.5
-CROWDED_KEEP_ALIVE_S = 5
 # What we send on a stream are small messages: whoever leaves so much of them unread does so on purpose.
 MOST_UNREAD_BYTES = 2**20
 UNREAD_LOOK_EVERY_S = 1.0
@@ -72,7 +70,7 @@ TOO_BIG = 1009
 def protocol_for(settings: Settings, metrics: Metrics) -> type[BoundedHttp]:
     """The protocol class for uvicorn, which makes one for each connection by itself."""
 
-    bound = {"bounds": settings, "metrics": metrics, "congestion": Congestion()}
+    bound = {"bounds": settings, "metrics": metrics, "congestion": Congestion(), "idle": {}}
     return type("Bounded", (BoundedHttp,), bound)
 
 
@@ -80,6 +78,8 @@ class BoundedHttp(HttpToolsProtocol):
     bounds: Settings
     metrics: Metrics
     congestion: Congestion
+    # Of all connections those between two requests, longest first.
+    idle: dict[BoundedHttp, None]
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -89,7 +89,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._body_bytes = 0
         self._body_since = 0.0
         self._receiving: TimerHandle | None = None
-        self._under_way = self._turned_away = self._upgraded = False
+        self._under_way = self._turned_away = self._upgraded = self._beyond = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         self._sending = LingeringTransport(transport, self, least_rate=self.bounds.least_body_rate)
@@ -97,8 +97,11 @@ class BoundedHttp(HttpToolsProtocol):
         if len(self.connections) > NOT_ACCEPTED * self.bounds.limit_connections:
             transport.abort()
             return
-        if len(self.connections) > CROWDED * self.bounds.limit_connections:
-            self.timeout_keep_alive = min(self.timeout_keep_alive, CROWDED_KEEP_ALIVE_S)
+        if len(self.connections) > self.bounds.limit_connections:
+            self._beyond = True
+            if self.idle:
+                # As nginx does: who has been idle for longest makes room.
+                next(iter(self.idle)).timeout_keep_alive_handler()
         self._wait_for_head()
 
     def data_received(self, data: bytes) -> None:
@@ -137,7 +140,7 @@ class BoundedHttp(HttpToolsProtocol):
             # Behind one that was refused: nobody will hear an answer.
             self._turned_away = True
             return
-        crowded = len(self.connections) > self.bounds.limit_connections
+        crowded = self._beyond and len(self.connections) > self.bounds.limit_connections
         if self.parser.should_upgrade() and self._should_upgrade():
             if crowded:
                 self._in_head = True
@@ -147,16 +150,12 @@ class BoundedHttp(HttpToolsProtocol):
         self._body_bytes, self._body_since = 0, self.loop.time()
         self._receiving = self.loop.call_later(BODY_LOOK_EVERY_S, self._look_at_body)
         path = self.url.partition(b"?")[0].decode("latin-1")
-        app = self.app
         if path not in ALWAYS_ANSWERED:
-            if crowded:
-                self.app = self._refuse_crowd
-            elif (wait_s := self.congestion.wait_s) and self._turn_away(wait_s):
+            self.congestion.hear(self.loop.call_soon)
+            wait_s = self.congestion.wait_s
+            if (crowded or wait_s) and self._turn_away(too_many() if crowded else None, wait_s):
                 return
-        try:
-            super().on_headers_complete()
-        finally:
-            self.app = app
+        super().on_headers_complete()
         # Weak, or every request would be a cycle of references for the collector.
         cycle, count_out = weakref.ref(self.cycle), weakref.WeakMethod(self._count_out)
 
@@ -196,6 +195,8 @@ class BoundedHttp(HttpToolsProtocol):
         if self.pipeline and not self.pipeline[-1][0].more_body:
             self._count_in()
         super().on_response_complete()
+        if self.timeout_keep_alive_task is not None:
+            self.idle[self] = None
 
     def handle_websocket_upgrade(self) -> None:
         self._stop()
@@ -208,6 +209,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop()
+        self.idle.pop(self, None)
         self._count_out()
         super().connection_lost(exc)
 
@@ -258,6 +260,15 @@ class BoundedHttp(HttpToolsProtocol):
             self.timeout_keep_alive_task = self.loop.call_later(
                 self.timeout_keep_alive, self.timeout_keep_alive_handler
             )
+            self.idle[self] = None
+
+    def _unset_keepalive_if_required(self) -> None:
+        super()._unset_keepalive_if_required()
+        self.idle.pop(self, None)
+
+    def timeout_keep_alive_handler(self) -> None:
+        self.idle.pop(self, None)
+        super().timeout_keep_alive_handler()
 
     def _stop(self) -> None:
         if self._receiving is not None:
@@ -285,18 +296,15 @@ class BoundedHttp(HttpToolsProtocol):
             self.transport.write(in_full(error, "", {REQUEST_ID: own_request_id("")}, close=True))
         self.transport.close()
 
-    def _turn_away(self, wait_s: float) -> bool:
-        """Answer a request at its head if its time is too short for such a wait."""
-        headers = {name.decode("latin-1"): text.decode("latin-1") for name, text in self.headers}
-        try:
-            given_s = time_given_s(headers.get(TIMEOUT_HEADER), self.bounds)
-        except InvalidRequestError:
-            # The route says so, should it get there.
-            given_s = self.bounds.request_timeout_s
-        earlier = self.cycle is not None and not self.cycle.response_complete
-        if wait_s <= SHARE * given_s or earlier:
+    def _turn_away(self, crowd: OverloadedError | None, wait_s: float) -> bool:
+        """Answer a request at its head, if there is a crowd or its time is too short for such a wait."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            # An answer is owed to one before it, and connections get one at a time.
             return False
-        error = OverloadedError(f"it would take {wait_s:.1f} s", retry_after_s=wait_s - SHARE * given_s)
+        headers = {name.decode("latin-1"): text.decode("latin-1") for name, text in self.headers}
+        error = crowd or self._too_long(wait_s, headers.get(TIMEOUT_HEADER))
+        if error is None:
+            return False
         length = headers.get("content-length", "" if "transfer-encoding" in headers else "0")
         short = length.isdigit() and int(length) <= MOST_UNWANTED_BYTES and not self.expect_100_continue
         kept = self.parser.should_keep_alive() and self.parser.get_http_version() == "1.1"
@@ -313,13 +321,16 @@ class BoundedHttp(HttpToolsProtocol):
         self._turned_away = True
         return True
 
-    async def _refuse_crowd(self, scope: Any, receive: Any, send: Any) -> None:
-        """An ASGI application that is always full."""
-        error = too_many()
-        self._count(error, scope.get("method", ""))
-        response = problem_response(error, scope.get("path", ""))
-        response.headers["connection"] = "close"
-        await response(scope, receive, send)
+    def _too_long(self, wait_s: float, asked: str | None) -> OverloadedError | None:
+        """Unless a request that asks for so many milliseconds has the time for such a wait."""
+        try:
+            given_s = time_given_s(asked, self.bounds)
+        except InvalidRequestError:
+            # The route says so, should it get there.
+            given_s = self.bounds.request_timeout_s
+        if wait_s <= SHARE * given_s:
+            return None
+        return OverloadedError(f"it would take {wait_s:.1f} s", retry_after_s=wait_s - SHARE * given_s)
 
 
 class BoundedStream(WebSocketsSansIOProtocol):

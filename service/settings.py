@@ -105,7 +105,9 @@ class Settings(BaseSettings):
 
     shutdown_grace_s: float = Field(default=20.0, gt=0, description="Longest drain after SIGTERM.")
     shutdown_delay_s: float = Field(default=0.0, ge=0, description="Serve on, not ready, this long after SIGTERM.")
-    limit_connections: int = Field(default=1000, ge=1, description="Past this many, only probes and metrics.")
+    limit_connections: int = Field(
+        default=1000, ge=1, description="Who comes past this many gets probes and metrics only, until some have gone."
+    )
     max_streams: int = Field(
         default_factory=lambda given: _streams_of_a_machine(given["limit_connections"]),
         ge=0,
@@ -114,8 +116,8 @@ class Settings(BaseSettings):
     keep_alive_s: int = Field(
         default=75,
         ge=1,
-        description="An idle connection is kept for so long, longer than load balancers keep theirs. Those that "
-        "open while more than half of `limit_connections` are there are kept for at most 5.",
+        description="An idle connection is kept for so long, longer than load balancers keep theirs, unless "
+        "`limit_connections` are open and another comes: then the one that was idle for longest makes room.",
     )
     head_timeout_s: float = Field(default=10.0, gt=0, description="Longest wait for a request's line and headers.")
     least_body_rate: int = Field(

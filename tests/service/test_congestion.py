@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -103,6 +103,59 @@ def test_the_next_crowd_has_its_own_time_to_be_answered() -> None:
     assert wait_s == pytest.approx(FEW * 0.1, rel=0.05)
     clock.now += 3 * STALE_S
     assert found.wait_s == pytest.approx(wait_s / 4)
+
+
+class Loop:
+    """An event loop's `call_soon`, turned by hand."""
+
+    def __init__(self) -> None:
+        self._next: list[tuple[Callable[..., object], tuple[object, ...]]] = []
+
+    def __call__(self, call: Callable[..., object], *arguments: object) -> None:
+        self._next.append((call, arguments))
+
+    def turn(self) -> None:
+        due, self._next = self._next, []
+        for call, arguments in due:
+            call(*arguments)
+
+
+def test_what_the_loop_has_not_read_yet_waits_as_long_as_its_turns_take() -> None:
+    clock, loop = Clock(), Loop()
+    found = crowd(clock, under_way=200, answers=1000, each_s=0.001)
+    own_s = found.wait_s
+    for _ in range(3):
+        # Heads are read, what is ready runs, and that again.
+        for _ in range(10):
+            found.hear(loop)
+            clock.now += 0.02
+        loop.turn()
+        clock.now += 0.3
+    assert found.wait_s - own_s == pytest.approx(0.7, abs=0.05), "0.5, and until the next heads are read"
+    found.hear(loop)
+    clock.now += 0.9
+    assert found.wait_s - own_s == pytest.approx(1.4, abs=0.05), "this turn is longer already"
+
+
+def test_a_long_turn_says_nothing_of_those_after_a_pause() -> None:
+    clock, loop = Clock(), Loop()
+    found = crowd(clock, under_way=FEW, answers=1000, each_s=0.001)
+    found.hear(loop)
+    loop.turn()
+    clock.now += 0.5
+    loop.turn()
+    assert found.wait_s > 0.5
+    clock.now += 2.0
+    found.hear(loop)
+    assert found.wait_s == pytest.approx(FEW * 0.001, rel=0.1)
+
+
+def test_few_requests_are_not_too_many_however_long_turns_are() -> None:
+    clock, loop = Clock(), Loop()
+    found = crowd(clock, under_way=FEW - 2, answers=1000, each_s=0.001)
+    found.hear(loop)
+    clock.now += 5.0
+    assert found.wait_s == 0.0
 
 
 class Crowded(Congestion):

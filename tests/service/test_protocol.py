@@ -231,24 +231,49 @@ def test_a_stream_in_a_crowd_is_refused_in_words_on_a_used_connection_too(
     service = start_service(tmp_path, limit_connections="4")
     started.append(service)
     with ExitStack() as stack:
-        used = stack.enter_context(dial(service))
-        assert lives(used)
         for _ in range(4):
             stack.enter_context(dial(service))
-        # A connection that is there already is read before new ones are taken in.
-        until(lambda: service.get("/v1/models").status_code == 503)
+        used = stack.enter_context(dial(service))
+        assert lives(used)
         used.sendall(UPGRADE + b"\r\n")
         assert problem(used.recv(65_536)) == (503, "overloaded")
 
 
-def test_idle_connections_are_kept_long_where_there_are_few(tmp_path: Path, started: list[RunningService]) -> None:
-    service = start_service(tmp_path, limit_connections="4")
+def test_who_was_there_before_the_crowd_is_served(tmp_path: Path, started: list[RunningService]) -> None:
+    service = start_service(tmp_path, limit_connections="2")
     started.append(service)
-    with dial(service) as first, dial(service) as second, dial(service) as third:
-        assert all(lives(connection) for connection in (first, second, third))
-        assert third.recv(65_536) == b""
+    clip = encoded(voice(1.0))
+    request = HEAD.replace(b"100000", b"%d" % len(clip)) + clip
+    with ExitStack() as stack:
+        first, second, third = (stack.enter_context(dial(service)) for _ in range(3))
+        # Neither is idle: one has sent a part of its head, one nothing yet.
+        first.sendall(request[:50])
+        for _ in range(3):
+            third.sendall(request)
+            assert problem(third.recv(65_536)) == (503, "overloaded"), "and is kept"
+        first.sendall(request[50:])
+        assert first.recv(65_536).startswith(b"HTTP/1.1 200 ")
+        second.sendall(request)
+        assert second.recv(65_536).startswith(b"HTTP/1.1 200 ")
+        # Nobody is sent away for good.
+        second.close()
+        until(lambda: connections(service) == 2)
+        third.sendall(request)
+        assert third.recv(65_536).startswith(b"HTTP/1.1 200 ")
+
+
+def test_the_connection_that_is_idle_for_longest_makes_room(tmp_path: Path, started: list[RunningService]) -> None:
+    service = start_service(tmp_path, limit_connections="3")
+    started.append(service)
+    clip = encoded(voice(1.0))
+    with ExitStack() as stack:
+        first, second, third = (stack.enter_context(dial(service)) for _ in range(3))
+        assert all(lives(connection) for connection in (second, first, third))
         # A client's pool, or a load balancer's, may still hold these.
         time.sleep(1.0)
+        assert all(lives(connection) for connection in (second, first))
+        assert service.post("/v1/keywords/detect", clip).status_code == 200
+        assert third.recv(65_536) == b""
         assert all(lives(connection) for connection in (first, second))
 
 
