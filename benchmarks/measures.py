@@ -26,7 +26,7 @@ from benchmarks.streams import MEASURE_S as STREAMS_MEASURE_S
 from benchmarks.streams import WARM_UP_S as STREAMS_WARM_UP_S
 from model_store import Bundle
 from model_store.graph import part_of
-from model_store.inference import open_session
+from model_store.whole import open_clips
 from service.engine import PARTS, Part
 from service.probe import calls_per_s
 
@@ -270,7 +270,7 @@ def start(setting: Setting) -> list[str]:
 
 def _bare_loop(bundle: Bundle, part: Part) -> float:
     """Graph calls per second with one caller a core, one session, no HTTP and no decoding."""
-    session = open_session(part_of(bundle.read(bundle.manifest.graph.file), PARTS[part]), threads=1)
+    session = open_clips(part_of(bundle.read(bundle.manifest.graph.file), PARTS[part]), threads=1)
     feeds = {"waveform": np.full((1, RATE_HZ), 0.01, np.float32), "lengths": np.array([RATE_HZ], np.int64)}
     session.run(None, feeds)
     return calls_per_s(session, feeds, CPUS, BARE_LOOP_S)

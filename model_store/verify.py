@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from model_store.graph import OUTPUTS, SPEAKER, check_graph, check_stream_graph,
 from model_store.inference import Session, computes_in_eight_bits, open_session
 from model_store.store import MANIFEST, Bundle
 from model_store.streaming import Chunk, StreamingGraph
+from model_store.whole import Clips, open_clips
 
 # Neighbours for the batch check: a louder one and one so quiet that any shared scale would show.
 NEIGHBOUR_GAINS = (1.0, 8.0, 0.001)
@@ -24,12 +26,14 @@ UNIT_TOLERANCE = 1e-3
 # Least cosine between what two versions make of one clip for their profiles to be shared. Eight bits come to 0.99.
 SAME_SPACE = 0.95
 
+Opened = TypeVar("Opened", Clips, Session)
+
 
 @dataclass(frozen=True, slots=True)
 class Verified:
     """The sessions, of one thread on the CPU, in which the graphs were found sound."""
 
-    clips: Session
+    clips: Clips
     stream: Session | None
 
 
@@ -48,7 +52,7 @@ def verify_bundle(bundle: Bundle) -> Verified:
         check_stream_graph(contents[stream.file], stream.file, bundle.manifest.graph.opset)
     waveform, expected = golden.unpack(contents[bundle.manifest.golden_file], outputs_of(bundle.manifest))
     _check_cohort(bundle, contents)
-    session = _session(graph)
+    session = _opened(open_clips, graph)
     exactly = bundle.manifest.graph.arithmetic == "float32"
     if exactly == computes_in_eight_bits(graph):
         raise BundleError(f"the manifest says that the graph computes in {bundle.manifest.graph.arithmetic}")
@@ -58,7 +62,7 @@ def verify_bundle(bundle: Bundle) -> Verified:
     if stream is None:
         return Verified(session, None)
     hop = round(bundle.manifest.keywords.frame_hop_s * bundle.manifest.audio.sample_rate_hz)
-    own = _session(contents[stream.file])
+    own = _opened(open_session, contents[stream.file])
     _check_stream(StreamingGraph(own, stream, hop=hop), waveform, expected["keyword_logits"], exactly=exactly)
     return Verified(session, own)
 
@@ -71,7 +75,7 @@ def check_space(draft: Bundle, other: Bundle) -> None:
         raise BundleError("only models that tell speakers apart share profiles")
     graph = other.read(other.manifest.graph.file)
     check_graph(graph, other.manifest)
-    found = _run(_session(graph), [waveform], [SPEAKER])[SPEAKER][0]
+    found = _run(_opened(open_session, graph), [waveform], [SPEAKER])[SPEAKER][0]
     if found.shape != expected[SPEAKER].shape:
         raise BundleError(f"speaker embeddings have {len(expected[SPEAKER])} and {len(found)} values")
     cosine = float(found @ expected[SPEAKER])
@@ -137,9 +141,9 @@ def _beside_another(graph: StreamingGraph, waveform: golden.Array) -> golden.Arr
     return np.concatenate(parts)
 
 
-def _session(graph: bytes) -> Session:
+def _opened(opener: Callable[..., Opened], graph: bytes) -> Opened:
     try:
-        return open_session(graph, threads=1)
+        return opener(graph, threads=1)
     except Exception as error:
         # ONNX Runtime's exceptions share no base class of their own.
         raise BundleError(f"ONNX Runtime refuses the graph: {error}") from error

@@ -11,9 +11,10 @@ import numpy.typing as npt
 
 from model_store import Bundle, Manifest, SpeakerInfo, verify_bundle
 from model_store.graph import OUTPUTS, outputs_of, part_of
-from model_store.inference import Provider, Session, computes_in_eight_bits, open_session
+from model_store.inference import Provider, computes_in_eight_bits, open_session
 from model_store.streaming import Chunk, StreamingGraph
 from model_store.verify import read_cohort
+from model_store.whole import Clips, open_clips
 from service.audio import SAMPLE_RATE_HZ, Waveform
 from service.errors import InvalidRequestError, TaskUnsupportedError
 from service.keywords import thresholds_of
@@ -87,15 +88,15 @@ class Engine:
         graph = bundle.read(self.manifest.graph.file)
         given = outputs_of(self.manifest)
         self._names = {part: kept for part, names in PARTS.items() if (kept := [one for one in names if one in given])}
-        self._sessions: dict[Part, Session] = {}
+        self._sessions: dict[Part, Clips] = {}
         for part, names in self._names.items():
             own = graph if part == "all" else part_of(graph, names)
             self._sessions[part] = (
                 verified.clips
                 if part == "all" and as_verified
-                else open_session(own, threads=intra_op_threads, provider=provider)
+                else open_clips(own, threads=intra_op_threads, provider=provider)
             )
-            self.memory_bytes += self._resident_bytes(own)
+            self.memory_bytes += self._sessions[part].copies * self._resident_bytes(own)
         self._hop = round(self.manifest.keywords.frame_hop_s * SAMPLE_RATE_HZ)
         self.streaming: StreamingGraph | None = None
         stream = self.manifest.stream
@@ -170,7 +171,11 @@ class Engine:
         for part in self._names:
             for seconds, count in WARM_UP:
                 noise = rng.standard_normal(int(seconds * SAMPLE_RATE_HZ)).astype(np.float32) * np.float32(0.01)
-                self.run([Waveform(noise)] * (count or largest_batch), part)
+                clips = [Waveform(noise)] * (count or largest_batch)
+                self.run(clips, part)
+                if len(clips) > 1:
+                    # With masks.
+                    self.run([Waveform(noise[:-1]), *clips[1:]], part)
         if self.streaming is not None:
             for frames in WARM_UP_FRAMES:
                 quiet = np.zeros(frames * self.streaming.hop, dtype=np.float32)

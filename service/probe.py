@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from model_store.inference import Session, open_session
+from model_store.inference import Session
+from model_store.whole import open_clips
 from service.audio import SAMPLE_RATE_HZ
 
 Feeds = dict[str, npt.NDArray[np.generic]]
@@ -42,7 +43,7 @@ def choose_threads(graph: bytes, cpus: int) -> Threads:
         return Threads(1, 1, {})
     side_by_side = (cpus, 1)
     candidates = [side_by_side, (1, 1), (1, cpus)]
-    sessions = {intra_op: open_session(graph, threads=intra_op) for _, intra_op in candidates}
+    sessions = {intra_op: open_clips(graph, threads=intra_op) for _, intra_op in candidates}
     feeds = _seconds(1)
     for session in sessions.values():
         session.run(None, feeds)
@@ -61,7 +62,7 @@ def clips_a_call(graph: bytes, threads: Threads, most: int) -> int:
     waiting for them. Where a processor's caches hold what a clip needs and not what eight do, they are slower."""
     if most == 1:
         return 1
-    session = open_session(graph, threads=threads.intra_op)
+    session = open_clips(graph, threads=threads.intra_op)
     rates: dict[int, list[float]] = {1: [], most: []}
     for count in rates:
         session.run(None, _seconds(count))

@@ -55,7 +55,7 @@ def test_calls_run_side_by_side_unless_another_way_is_clearly_better(
         def run(self, *_: object) -> None:
             pass
 
-    monkeypatch.setattr(probe, "open_session", lambda _, threads: Graph(threads))
+    monkeypatch.setattr(probe, "open_clips", lambda _, threads: Graph(threads))
     monkeypatch.setattr(probe, "calls_per_s", lambda graph, _, callers, __: rates[callers, graph.threads])
     found = choose_threads(b"a graph", 4)
     assert (found.callers, found.intra_op) == chosen
@@ -78,7 +78,7 @@ def test_clips_share_a_call_where_that_is_worth_waiting_for(
         asked.append((count, callers))
         return rates[count]
 
-    monkeypatch.setattr(probe, "open_session", lambda *_, **__: Graph())
+    monkeypatch.setattr(probe, "open_clips", lambda *_, **__: Graph())
     monkeypatch.setattr(probe, "calls_per_s", calls_per_s)
     assert clips_a_call(b"a graph", Threads(4, 1, {}), 8) == chosen
     # In turns, so that what slows the machine slows both.

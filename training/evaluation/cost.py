@@ -19,6 +19,7 @@ from model_store import Bundle
 from model_store.graph import part_of
 from model_store.inference import open_session
 from model_store.streaming import Chunk, StreamingGraph
+from model_store.whole import open_clips
 from training.audio_cache import SAMPLE_RATE_HZ
 
 WARM_UP_RUNS, TIMED_RUNS = 30, 300
@@ -56,12 +57,13 @@ def one_second() -> dict[str, Any]:
 
 
 def latencies_ms(graphs: Mapping[str, bytes], *, runs: int = TIMED_RUNS) -> dict[str, Latency]:
-    """Side by side in one run: the graphs take turns, so what slows the machine slows them all."""
+    """As the service runs a clip that is alone, without masks. Side by side in one run: the graphs take turns, so what
+    slows the machine slows them all."""
     threads = len(os.sched_getaffinity(0))
     feeds = one_second()
     medians: dict[int, dict[str, float]] = {}
     for count in (1, threads):
-        sessions = {name: open_session(graph, threads=count) for name, graph in graphs.items()}
+        sessions = {name: open_clips(graph, threads=count) for name, graph in graphs.items()}
         times: dict[str, list[float]] = {name: [] for name in graphs}
         for run in range(WARM_UP_RUNS + runs):
             for name, session in sessions.items():
@@ -80,7 +82,7 @@ def streaming_ms(bundle: Bundle, streams: int, *, runs: int = TIMED_RUNS) -> tup
     assert manifest.stream is not None
     hop = round(manifest.keywords.frame_hop_s * SAMPLE_RATE_HZ)
     stream = StreamingGraph(open_session(bundle.read(manifest.stream.file), threads=1), manifest.stream, hop=hop)
-    clip = open_session(part_of(bundle.read(manifest.graph.file), (KEYWORDS,)), threads=1)
+    clip = open_clips(part_of(bundle.read(manifest.graph.file), (KEYWORDS,)), threads=1)
     feeds = one_second()
     chunks = feeds["waveform"][0].reshape(CHUNKS_A_SECOND, -1)
     progress = [stream.begin()] * streams
