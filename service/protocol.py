@@ -1,4 +1,4 @@
-"""HTTP/1.1 and WebSockets with clients that are slow, greedy or many. uvicorn bounds none of these by itself:
+"""HTTP/1.1 with clients that are slow, greedy or many. uvicorn bounds none of these by itself:
 
 a head that trickles in or has no end, trailers without end, a body slower than `least_body_rate`, an answer read more
 slowly than that or not at all (`unread.py`), more connections than `limit_connections`, and more requests than can be
@@ -11,7 +11,6 @@ come again the loop had time for nothing else.
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import re
 import weakref
@@ -19,13 +18,10 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
-from websockets.frames import Frame, Opcode
 
 from service.congestion import SHARE, Congestion
 from service.errors import (
     HeadTooLargeError,
-    InvalidMessageError,
     InvalidRequestError,
     MalformedRequestError,
     OverloadedError,
@@ -38,6 +34,7 @@ from service.metrics import UNMATCHED, Metrics
 from service.refusals import in_full, too_many
 from service.settings import Settings
 from service.unread import Readers
+from service.websocket import BoundedStream
 
 if TYPE_CHECKING:
     from asyncio import TimerHandle
@@ -62,9 +59,6 @@ NOT_ACCEPTED = 2
 # What we send on a stream are small messages: whoever leaves so much of them unread does so on purpose.
 MOST_UNREAD_BYTES = 2**20
 UNREAD_LOOK_EVERY_S = 1.0
-# Pieces of one WebSocket message. Its bytes are bounded, but pieces may be empty.
-MOST_PIECES = 1000
-TOO_BIG = 1009
 
 
 def protocol_for(settings: Settings, metrics: Metrics) -> type[BoundedHttp]:
@@ -331,63 +325,6 @@ class BoundedHttp(HttpToolsProtocol):
         if wait_s <= SHARE * given_s:
             return None
         return OverloadedError(f"it would take {wait_s:.1f} s", retry_after_s=wait_s - SHARE * given_s)
-
-
-class BoundedStream(WebSocketsSansIOProtocol):
-    """A WebSocket whose handshake is answered even where it breaks the rules, and that always comes to an end."""
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self.conn.handshake_exc is not None and not self.handshake_initiated:
-            # uvicorn looks for a request only, and would keep this connection for ever.
-            self.transport.write(b"".join(self.conn.data_to_send()))
-            self.handshake_complete = self.close_sent = True
-            self.transport.close()
-
-    async def send(self, message: Any) -> None:
-        await super().send(message)
-        if self.initial_response is not None and self.close_sent:
-            # A refusal in words ends the handshake as well; uvicorn would log an error.
-            self.handshake_complete = True
-
-    def hears_more(self) -> bool:
-        return self.conn.close_rcvd is None and self.handshake_initiated
-
-    def part(self) -> None:
-        self.writable.set()
-
-    def handle_cont(self, event: Frame) -> None:
-        super().handle_cont(event)
-        if len(self.frames) > MOST_PIECES:
-            self.conn.fail(TOO_BIG, f"a message of more than {MOST_PIECES} pieces")
-            self.handle_parser_exception()
-
-    def handle_parser_exception(self) -> None:
-        closing = self.conn.close_sent
-        if closing is not None and closing.code == TOO_BIG:
-            error = InvalidMessageError(f"the message is too large: {closing.reason}")
-            said = json.dumps({"type": "error", "code": error.code, "detail": error.detail})
-            self.transport.write(Frame(Opcode.TEXT, said.encode()).serialize(mask=False))
-        super().handle_parser_exception()
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        # Answers to pings are written as they are read.
-        self.transport.pause_reading()
-        self.read_paused = True
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        if self.queue.empty() and not self.transport.is_closing():
-            self.read_paused = False
-            self.transport.resume_reading()
-
-    def shutdown(self) -> None:
-        try:
-            super().shutdown()
-        # The library's complaints about a connection that is half closed must not end the server's own shutdown.
-        except Exception:
-            self.transport.abort()
 
 
 async def cut_off_unread(connections: Collection[Any], bounds: Settings) -> None:

@@ -15,9 +15,10 @@ import uvicorn
 
 from service.app import create_app
 from service.listening import Listener, bind
-from service.protocol import NOT_ACCEPTED, BoundedHttp, BoundedStream, cut_off_unread, protocol_for
+from service.protocol import NOT_ACCEPTED, BoundedHttp, cut_off_unread, protocol_for
 from service.runtime import Runtime
 from service.settings import Settings
+from service.websocket import BoundedStream
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 import uvicorn
 from fastapi import FastAPI
 
-from service.protocol import BoundedHttp, BoundedStream
+from service.protocol import BoundedHttp
+from service.websocket import BoundedStream
 
 PATIENCE_S = 60.0
 
