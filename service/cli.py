@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shlex
 import sys
@@ -25,6 +26,8 @@ app.add_typer(profiles, name="profiles")
 @app.command()
 def serve() -> None:
     """Serve, in the foreground. Configured by SOTTO_* variables (SOTTO_HOST, SOTTO_PORT, SOTTO_DATA_DIR, ...)."""
+    # Nothing that is made from here to the first request is garbage worth looking for (`Server.startup`).
+    gc.disable()
     from service.server import run
 
     try:
