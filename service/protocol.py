@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 # Request line and headers, or trailers; nginx allows as much. What comes in one piece may be longer by that piece.
 MOST_HEAD_BYTES = 32 * 1024
+# Of `head_timeout_s`, how much longer it may be.
+HEAD_TIMEOUT_SPREAD = 0.1
 # A body may begin slowly: connections have to find their speed.
 BODY_GRACE_S = 5.0
 BODY_LOOK_EVERY_S = 1.0
@@ -225,7 +227,9 @@ class BoundedHttp(HttpToolsProtocol):
     def _wait_for_head(self) -> None:
         limit_s = self.bounds.head_timeout_s
         error = RequestTooSlowError(f"no whole request head in {limit_s:g} s")
-        self._receiving = self.loop.call_later(limit_s, self._refuse, error)
+        # Connections that were opened together are not to be closed, and opened anew, in one turn of the loop.
+        later_s = limit_s * HEAD_TIMEOUT_SPREAD * random.random()
+        self._receiving = self.loop.call_later(limit_s + later_s, self._refuse, error)
 
     def _look_at_body(self) -> None:
         elapsed_s = self.loop.time() - self._body_since
