@@ -7,6 +7,7 @@ is, and without the masks for calls in which every length is the batch's. Output
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 
@@ -22,6 +23,8 @@ from model_store.inference import Provider, Session, open_session
 PROBE_SAMPLES = 8111
 # What is one everywhere stays so through these, which move elements but make none.
 MOVES = frozenset(("Cast", "Expand", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"))
+
+log = logging.getLogger(__name__)
 
 Feeds = Mapping[str, npt.NDArray[np.generic]]
 
@@ -49,18 +52,23 @@ class Clips:
 def open_clips(graph: bytes, *, threads: int, provider: Provider = "cpu") -> Clips:
     """Raises ONNX Runtime's own exceptions."""
     masked = open_session(graph, threads=threads, provider=provider)
-    rest = without_masks(graph)
-    if rest is None:
-        return Clips(masked, None)
-    whole = open_session(rest, threads=threads, provider=provider)
-    return Clips(masked, whole if _agree(masked, whole, graph) else None)
+    try:
+        rest = without_masks(graph)
+        whole = None if rest is None else open_session(rest, threads=threads, provider=provider)
+    except Exception:
+        # Whatever a graph that nobody thought of brings about here, with its masks it runs. ONNX Runtime's exceptions
+        # share no base class.
+        log.exception("masks cannot be left out of a graph")
+        whole = None
+    return Clips(masked, whole if whole is not None and _agree(masked, whole, graph) else None)
 
 
 def without_masks(graph: bytes) -> bytes | None:
     """What is left of a checked clip graph where `lengths` are all the waveform's own. None where lengths serve for
     more than masks: as much would be computed as before, and the weights of such a graph (Whisper's) may be large.
 
-    A mask is what comes of `Less(positions, lengths)`; products with one, and choices by one, go.
+    A mask is what comes of `Less(positions, lengths)`, where positions are some of those of all samples; products with
+    one, and choices by one, go.
     """
     model = onnx.ModelProto.FromString(graph)
     if any(attribute.HasField("g") or attribute.graphs for node in model.graph.node for attribute in node.attribute):
@@ -93,6 +101,10 @@ class _Masks:
     def __init__(self, graph: onnx.GraphProto) -> None:
         self._constants = {tensor.name: tensor for tensor in graph.initializer}
         self._of_lengths = {"lengths"}
+        # Shapes of the waveform, its number of samples, and numbers from 0 to below that.
+        self._shapes: set[str] = set()
+        self._counts: set[str] = set()
+        self._positions: set[str] = set()
         self._ones: set[str] = set()
         self._zeros: set[str] = set()
         self._sources: dict[str, str] = {}
@@ -116,11 +128,10 @@ class _Masks:
         if node.op_type == "Constant":
             self._constants.update((node.output[0], one.t) for one in node.attribute if one.name == "value")
             return False
-        if len(node.output) != 1 or node.domain not in ("", "ai.onnx"):
+        if not node.input or len(node.output) != 1 or node.domain not in ("", "ai.onnx"):
             return False
         inputs, (output,) = [self.source(name) for name in node.input], node.output
-        if node.op_type in MOVES and inputs[0] in self._of_lengths:
-            self._of_lengths.add(output)
+        if self._tells_where(node, inputs, output):
             return False
         if self._is_ones(node.op_type, inputs, node):
             self._ones.add(output)
@@ -132,9 +143,35 @@ class _Masks:
             return False
         return True
 
+    def _tells_where(self, node: onnx.NodeProto, inputs: list[str], output: str) -> bool:
+        """Note what masks are made of."""
+        kind = node.op_type
+        if kind == "Shape" and inputs == ["waveform"] and not node.attribute:
+            self._shapes.add(output)
+        elif kind == "Gather" and inputs[0] in self._shapes and self._value(inputs[1]) in (1, -1):
+            self._counts.add(output)
+        elif (
+            kind == "Range" and inputs[1] in self._counts and (self._value(inputs[0]), self._value(inputs[2])) == (0, 1)
+        ):
+            self._positions.add(output)
+        else:
+            for known in (self._of_lengths, self._counts, self._positions):
+                if kind in MOVES and inputs[0] in known:
+                    known.add(output)
+                    return True
+            return False
+        return True
+
+    def _value(self, name: str) -> float | None:
+        """Of a constant that is one number."""
+        if name not in self._constants:
+            return None
+        values = numpy_helper.to_array(self._constants[name])
+        return float(values.item()) if values.size == 1 else None
+
     def _is_ones(self, kind: str, inputs: list[str], node: onnx.NodeProto) -> bool:
         if kind == "Less":
-            return inputs[1] in self._of_lengths and inputs[0] not in self._of_lengths
+            return inputs[0] in self._positions and inputs[1] in self._of_lengths
         if inputs[0] not in self._ones:
             return False
         if kind == "Conv" and len(inputs) == 2 and inputs[1] in self._constants:

@@ -15,6 +15,7 @@ import random
 import re
 import weakref
 from collections.abc import Collection
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 
 # Request line and headers, or trailers; nginx allows as much. What comes in one piece may be longer by that piece.
 MOST_HEAD_BYTES = 32 * 1024
+# Who has been idle for so long may be closed to make room for others.
+LEAST_IDLE_S = 1.0
 # Of `head_timeout_s`, how much longer it may be.
 HEAD_TIMEOUT_SPREAD = 0.1
 # A body may begin slowly: connections have to find their speed.
@@ -74,8 +77,8 @@ class BoundedHttp(HttpToolsProtocol):
     bounds: Settings
     metrics: Metrics
     congestion: Congestion
-    # Of all connections those between two requests, longest first.
-    idle: dict[BoundedHttp, None]
+    # Of all connections those between two requests, longest first, and since when.
+    idle: dict[BoundedHttp, float]
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -90,14 +93,10 @@ class BoundedHttp(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         self._sending = LingeringTransport(transport, self, least_rate=self.bounds.least_body_rate)
         super().connection_made(self._sending)  # type: ignore[arg-type]  # all that is asked of one
-        if len(self.connections) > NOT_ACCEPTED * self.bounds.limit_connections:
+        self._beyond = len(self.connections) > self.bounds.limit_connections and not self._make_room()
+        if self._beyond and len(self.connections) > NOT_ACCEPTED * self.bounds.limit_connections:
             transport.abort()
             return
-        if len(self.connections) > self.bounds.limit_connections:
-            self._beyond = True
-            if self.idle:
-                # As nginx does: who has been idle for longest makes room.
-                next(iter(self.idle)).timeout_keep_alive_handler()
         self._wait_for_head()
 
     def data_received(self, data: bytes) -> None:
@@ -136,9 +135,8 @@ class BoundedHttp(HttpToolsProtocol):
             # Behind one that was refused: nobody will hear an answer.
             self._turned_away = True
             return
-        crowded = self._beyond and len(self.connections) > self.bounds.limit_connections
         if self.parser.should_upgrade() and self._should_upgrade():
-            if crowded:
+            if self._is_crowded():
                 self._in_head = True
                 self._refuse(too_many(), "GET")
             super().on_headers_complete()
@@ -148,7 +146,7 @@ class BoundedHttp(HttpToolsProtocol):
         path = self.url.partition(b"?")[0].decode("latin-1")
         if path not in ALWAYS_ANSWERED:
             self.congestion.hear(self.loop.call_soon)
-            wait_s = self.congestion.wait_s
+            wait_s, crowded = self.congestion.wait_s, self._is_crowded()
             if (crowded or wait_s) and self._turn_away(too_many() if crowded else None, wait_s):
                 return
         super().on_headers_complete()
@@ -191,8 +189,9 @@ class BoundedHttp(HttpToolsProtocol):
         if self.pipeline and not self.pipeline[-1][0].more_body:
             self._count_in()
         super().on_response_complete()
-        if self.timeout_keep_alive_task is not None:
-            self.idle[self] = None
+        # Of a request that follows, a part of the head may be there.
+        if self.timeout_keep_alive_task is not None and not self._in_message:
+            self.idle[self] = self.loop.time()
 
     def handle_websocket_upgrade(self) -> None:
         self._stop()
@@ -258,7 +257,22 @@ class BoundedHttp(HttpToolsProtocol):
             self.timeout_keep_alive_task = self.loop.call_later(
                 self.timeout_keep_alive, self.timeout_keep_alive_handler
             )
-            self.idle[self] = None
+            self.idle[self] = self.loop.time()
+
+    def _make_room(self) -> bool:
+        """As nginx does: close who has been idle for longest, two for one that comes, so that there will be room. False
+        if there is nobody who has been so for a while: what was answered just now may be sending its next request."""
+        before = self.loop.time() - LEAST_IDLE_S
+        idle = [connection for connection, since in islice(self.idle.items(), 2) if since <= before]
+        for connection in idle:
+            connection.timeout_keep_alive_handler()
+        return bool(idle)
+
+    def _is_crowded(self) -> bool:
+        """Whether it came when there were too many, none of them idle, and that is still so."""
+        if self._beyond and (len(self.connections) <= self.bounds.limit_connections or self._make_room()):
+            self._beyond = False
+        return self._beyond
 
     def _unset_keepalive_if_required(self) -> None:
         super()._unset_keepalive_if_required()

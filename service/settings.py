@@ -49,7 +49,7 @@ class Settings(BaseSettings):
     model: str = Field(default="sotto-edge", description="Default model: name, name@version or name@alias.")
     load_on_request: bool = Field(default=True, description="Load what `model` names; else only what aliases move to.")
     models_memory_bytes: int = Field(
-        default=2**28, ge=2**20, description="Beyond this (an estimate), models not used lately are unloaded."
+        default=3 * 2**27, ge=2**20, description="Beyond this (an estimate), models not used lately are unloaded."
     )
     models_refresh_s: float = Field(
         default=10.0, ge=0, description="How often to look whether the default model's alias has moved; 0: never."
@@ -117,7 +117,7 @@ class Settings(BaseSettings):
         default=75,
         ge=1,
         description="An idle connection is kept for so long, longer than load balancers keep theirs, unless "
-        "`limit_connections` are open and another comes: then the one that was idle for longest makes room.",
+        "`limit_connections` are open and another comes: then those idle for longest (at least 1 s) make room.",
     )
     head_timeout_s: float = Field(default=10.0, gt=0, description="Longest wait for a request's line and headers.")
     least_body_rate: int = Field(

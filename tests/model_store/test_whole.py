@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import helper
 
-from model_store import LocalStore, builtin_store_path
+from model_store import LocalStore, builtin_store_path, whole
 from model_store.graph import OUTPUTS, outputs_of
 from model_store.inference import open_session
 from model_store.whole import open_clips, without_masks
@@ -97,9 +97,46 @@ def _a_branch(own: onnx.GraphProto) -> None:
     own.node.append(helper.make_node("If", ["all"], ["unused"], then_branch=inside, else_branch=inside))
 
 
-@pytest.mark.parametrize("change", [_mask_as_an_output, _lengths_as_a_scale, _a_branch])
+def _one_more_position(own: onnx.GraphProto) -> None:
+    # As frames have that are centred: the last lies at the very end, which no probe of another length shows.
+    (node,) = (node for node in own.node if node.op_type == "Range")
+    own.node.insert(list(own.node).index(node), helper.make_node("Add", ["samples", "one"], ["more"]))
+    node.input[1] = "more"
+
+
+def _another_step(own: onnx.GraphProto) -> None:
+    (node,) = (node for node in own.node if node.op_type == "Range")
+    own.initializer.append(onnx.numpy_helper.from_array(np.array(HOP, np.int64), "hop"))
+    node.input[2] = "hop"
+
+
+def _a_number_of_its_own(own: onnx.GraphProto) -> None:
+    (node,) = (node for node in own.node if node.op_type == "Less")
+    own.initializer.append(onnx.numpy_helper.from_array(np.array([4000], np.int64), "least"))
+    node.input[0] = "least"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [_mask_as_an_output, _lengths_as_a_scale, _a_branch, _one_more_position, _another_step, _a_number_of_its_own],
+)
 def test_a_graph_that_knows_lengths_otherwise_stays_as_it_is(change: Callable[[onnx.GraphProto], None]) -> None:
     assert without_masks(changed(change)) is None
+
+
+def test_nodes_without_inputs_are_passed_over() -> None:
+    def draw(own: onnx.GraphProto) -> None:
+        own.node.insert(0, helper.make_node("RandomNormal", [], ["drawn"], shape=[1]))
+
+    assert without_masks(changed(draw)) is not None
+
+
+def test_what_cannot_be_rewritten_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: bytes) -> bytes:
+        raise IndexError
+
+    monkeypatch.setattr(whole, "without_masks", fail)
+    assert open_clips(bytes(graph().SerializeToString()), threads=1).copies == 1
 
 
 def test_a_graph_that_relies_on_a_masks_shape_stays_as_it_is() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.protocol import MOST_HEAD_BYTES
+from service.protocol import LEAST_IDLE_S, MOST_HEAD_BYTES, NOT_ACCEPTED
 from tests.conftest import RunningService, encoded, start_service, stop_service, voice
 from tests.service.threads import PATIENCE_S, until
 
@@ -275,6 +275,33 @@ def test_the_connection_that_is_idle_for_longest_makes_room(tmp_path: Path, star
         assert service.post("/v1/keywords/detect", clip).status_code == 200
         assert third.recv(65_536) == b""
         assert all(lives(connection) for connection in (first, second))
+
+
+def test_who_came_in_a_crowd_is_served_once_others_are_idle(tmp_path: Path, started: list[RunningService]) -> None:
+    service = start_service(tmp_path, limit_connections="2")
+    started.append(service)
+    clip = encoded(voice(1.0))
+    request = HEAD.replace(b"100000", b"%d" % len(clip)) + clip
+    with ExitStack() as stack:
+        first, second, third = (stack.enter_context(dial(service)) for _ in range(3))
+        assert all(lives(connection) for connection in (first, second))
+        # Those two may be about to ask again.
+        third.sendall(request)
+        assert problem(third.recv(65_536)) == (503, "overloaded")
+        time.sleep(LEAST_IDLE_S)
+        third.sendall(request)
+        assert third.recv(65_536).startswith(b"HTTP/1.1 200 ")
+        assert first.recv(65_536) == b""
+
+
+def test_idle_connections_never_keep_probes_out(tmp_path: Path, started: list[RunningService]) -> None:
+    service = start_service(tmp_path, limit_connections="2")
+    started.append(service)
+    with ExitStack() as stack:
+        crowd = [stack.enter_context(dial(service)) for _ in range(NOT_ACCEPTED * 2)]
+        assert all(lives(connection) for connection in crowd)
+        time.sleep(LEAST_IDLE_S)
+        assert all(service.get("/healthz").status_code == 200 for _ in range(3))
 
 
 def test_whoever_does_not_read_is_cut_off(tmp_path: Path, started: list[RunningService]) -> None:
