@@ -8,7 +8,7 @@ nothing, with the mean and spread that it meets in training batches, so that tra
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -48,10 +48,11 @@ def begin_with(student: Edge, weights: Path) -> None:
     student.load_state_dict({name: given[name] for name in wanted}, strict=False)
 
 
-def begin_with_bundle(student: Edge, bundle: Bundle, labels: list[str]) -> None:
+def begin_with_bundle(student: Edge, bundle: Bundle, labels: list[str], *, anew: Collection[str] = ()) -> None:
     """Take over all weights of `bundle`, whose shape and keywords have to be the student's; beside a trunk, those of
-    the speaker branch alone, and all others are as the seed has them. Without a trunk `student.eval()` gives what the
-    bundle gives afterwards, and before it trains, `meet` has to be called. Raises RunError."""
+    the speaker branch alone. What is not taken over, and parts of the student that begin `anew`, are as the seed has
+    them. Where all is, `student.eval()` gives what the bundle gives afterwards, and before it trains, `meet` has to be
+    called. Raises RunError."""
     manifest, reference = bundle.manifest, reference_of(bundle)
     own = [keyword.label for keyword in manifest.keywords.labels]
     if own != labels:
@@ -59,7 +60,8 @@ def begin_with_bundle(student: Edge, bundle: Bundle, labels: list[str]) -> None:
     graph = onnx.load_from_string(bundle.read(manifest.graph.file)).graph
     tensors, nodes = _tensors(graph), _nodes_of_modules(graph)
     for name, layer in student.named_modules():
-        if student.shape.trunk is not None and name.split(".")[0] not in SPEAKER_PARTS:
+        part = name.split(".")[0]
+        if part in anew or (student.shape.trunk is not None and part not in SPEAKER_PARTS):
             continue
         given = [tensors.get(each) for each in nodes[name].input[1:]] if name in nodes else []
         if isinstance(layer, nn.Conv2d):
@@ -98,14 +100,15 @@ def check_same_people(recipe: Recipe, bundle: Bundle, tables: Mapping[str, str])
 
 
 @torch.no_grad()
-def meet(student: Edge, batches: Iterable[Batch], *, speakers: bool = True) -> None:
+def meet(student: Edge, batches: Iterable[Batch], *, speakers: bool = True, keywords: bool = True) -> None:
     """Give each norm the mean and spread that it meets in these batches, and change its scale and offset so that the
-    outputs stay what they were; without `speakers`, not those of the speaker branch."""
+    outputs stay what they were; without `speakers`, not those of the speaker branch, and without `keywords` those of
+    a speaker branch that parts at the features alone."""
     student.eval()
     seen: dict[Norm, list[Tensor]] = {}
     with _watching(student, seen):
         for batch in batches:
-            student(batch.waveform, batch.lengths, speakers=speakers)
+            student(batch.waveform, batch.lengths, speakers=speakers, keywords=keywords)
     for norm, (count, total, squares) in seen.items():
         mean = total / count
         variance = (squares / count - mean * mean).clamp(min=1e-6)

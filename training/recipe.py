@@ -175,6 +175,8 @@ class Recipe(_Strict):
     before_share: float = Field(default=0.0, ge=0, lt=1)
     # A bundle of the built-in store, NAME@VERSION, whose weights it goes on from (`training/beginning.py`).
     begin: str | None = Field(default=None, pattern=REFERENCE)
+    # Whether its speaker branch, which then learns alone, begins anew, perhaps of another shape.
+    anew: bool = False
     # What learns, where not all does: of the speaker branch alone, keywords stay bit for bit what came first; of
     # keywords alone, a speaker branch that parts at the features stays what it was.
     only: Literal["speakers", "keywords"] | None = None
@@ -213,12 +215,9 @@ class Recipe(_Strict):
         if self.only == "keywords":
             self._keywords_alone()
         if self.only == "speakers":
-            if first is None or not self.shape.tells_speakers:
-                raise ValueError("only speakers can learn where something comes first that tells them apart (after)")
-            if self.hints is not None or self.soft_targets is not None:
-                raise ValueError("hints and soft_targets teach keywords, and only speakers learn")
-            if not self.loss.speaker and self.voices is None:
-                raise ValueError("only speakers learn, and neither loss.speaker nor voices teach them")
+            self._speakers_alone()
+        elif self.anew:
+            raise ValueError("only a speaker branch that learns alone begins anew (only: speakers)")
         return self
 
     def _keywords_alone(self) -> None:
@@ -230,6 +229,20 @@ class Recipe(_Strict):
             )
         if self.voices is not None:
             raise ValueError("voices teach speakers, and only keywords learn")
+
+    def _speakers_alone(self) -> None:
+        first = self.begin is not None or self.after is not None
+        if not first or not self.shape.tells_speakers:
+            raise ValueError("only speakers can learn where something comes first that tells them apart (after, begin)")
+        if self.hints is not None or self.soft_targets is not None:
+            raise ValueError("hints and soft_targets teach keywords, and only speakers learn")
+        if not self.loss.speaker and self.voices is None:
+            raise ValueError("only speakers learn, and neither loss.speaker nor voices teach them")
+        if self.anew and (self.begin is None or self.shape.speaker_from != "features" or self.before_share):
+            raise ValueError(
+                "a speaker branch begins anew beside a bundle's keywords (begin), parts at the features, and keeps no "
+                "share of what came first (before_share)"
+            )
 
     def _with_trunk(self, layers: int) -> None:
         if self.trunk.learning > layers:

@@ -38,7 +38,7 @@ from training.recipe import HintsRecipe, Recipe, VoicesRecipe
 from training.revision import git_revision
 from training.rooms import with_rooms
 from training.spectral import SpectralAugment
-from training.students.edge import FRAME_HOP, Edge
+from training.students.edge import FRAME_HOP, SPEAKER_PARTS, Edge
 from training.synthesis import synthesize
 from training.voices import VoiceHead, Voices, speaking_bundle
 from training.whisper import FOLDER, begin_trunk, encoder_weights
@@ -131,9 +131,11 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int |
     trunk = None if recipe.shape.trunk is None else begin_trunk(student.trunk, recipe.trunk.weights)
     begun: dict[str, torch.Tensor] = {}
     if recipe.begin is not None:
-        begin_with_bundle(student, teaching_bundle(recipe.begin), prepared.labels)
-        if recipe.shape.trunk is None:
-            meet(student, (source[step] for step in range(MEETING_BATCHES)), speakers=recipe.only != "keywords")
+        anew = SPEAKER_PARTS if recipe.anew else ()
+        begin_with_bundle(student, teaching_bundle(recipe.begin), prepared.labels, anew=anew)
+        if recipe.shape.trunk is None and not recipe.anew:
+            met = (source[step] for step in range(MEETING_BATCHES))
+            meet(student, met, speakers=recipe.only != "keywords", keywords=_hears_keywords(recipe))
         begun = {name: value.clone() for name, value in student.state_dict().items()}
     # Channels last is what the CPU's bfloat16 kernels want; it changes speed, not results' meaning.
     student = student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
@@ -279,7 +281,12 @@ def _step(
     with torch.autocast("cpu", torch.bfloat16, enabled=_in_bf16(recipe)):
         shared = weights.shared_gradient if step >= weights.shared_gradient_from_step else 1.0
         out = student(
-            batch.waveform, batch.lengths, spectral, shared_gradient=shared, speakers=recipe.only != "keywords"
+            batch.waveform,
+            batch.lengths,
+            spectral,
+            shared_gradient=shared,
+            speakers=recipe.only != "keywords",
+            keywords=_hears_keywords(recipe),
         )
     known = (batch.speaker != NO_SPEAKER) & ~spectral.warped
     total = out.speaker_embedding.sum() * 0.0
@@ -319,6 +326,11 @@ def _averaged(recipe: Recipe, prepared: Prepared, average: dict[str, torch.Tenso
     student = Edge(1 + len(prepared.labels), recipe.shape)
     student.load_state_dict(average)
     return student.eval()
+
+
+def _hears_keywords(recipe: Recipe) -> bool:
+    """Where speakers learn alone in a branch that shares nothing, a third of a step would be spent on words."""
+    return recipe.only != "speakers" or recipe.shape.speaker_from != "features"
 
 
 def _in_bf16(recipe: Recipe) -> bool:

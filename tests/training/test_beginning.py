@@ -110,6 +110,43 @@ def test_where_only_keywords_learn_speakers_stay_bit_for_bit(published: str, par
     assert not any(name.split(".")[0] in SPEAKER_PARTS for name in changed)
 
 
+def test_where_only_speakers_learn_keywords_stay_bit_for_bit(published: str, parted: TinyRun, tmp_path: Path) -> None:
+    recipe = parted.recipe.model_copy(update={"begin": published, "only": "speakers"})
+    first = begun(published, recipe).state_dict()
+    after, _ = load_student(train(recipe, tmp_path / "run", parted.cache))
+    changed = {name for name, value in after.state_dict().items() if not torch.equal(value, first[name])}
+    assert {"speaker_stem.first.0.weight", "pool.score.2.weight", "speaker.0.layers.1.running_mean"} <= changed
+    assert all(name.split(".")[0] in SPEAKER_PARTS for name in changed)
+
+
+def test_a_speaker_branch_can_begin_anew_and_of_another_shape(published: str, parted: TinyRun, tmp_path: Path) -> None:
+    shape = replace(parted.recipe.shape, speaker_stem_channels=4, speaker_early_blocks=0)
+    changes = {"begin": published, "only": "speakers", "anew": True, "shape": shape}
+    recipe = parted.recipe.model_copy(update=changes)
+    first, (after, _) = begun(published, parted.recipe), load_student(train(recipe, tmp_path / "run", parted.cache))
+    words = {name: value for name, value in after.state_dict().items() if name.split(".")[0] not in SPEAKER_PARTS}
+    assert words
+    assert all(torch.equal(value, first.state_dict()[name]) for name, value in words.items())
+    assert len(after.speaker_early) == 0
+    assert after.speaker_stem.flat == 4 * shape.mels // 4
+    # Its norms have met batches, which is what they normalise by.
+    assert after.speaker[0].layers[1].running_mean.abs().sum() > 0
+
+
+def test_a_speaker_branch_is_computed_alone_where_it_shares_nothing(
+    parted: TinyRun, made_run: TinyRun, noise: tuple[Tensor, Tensor]
+) -> None:
+    student = load_student(parted.folder)[0]
+    with torch.no_grad():
+        alone, both = student(*noise, keywords=False), student(*noise)
+    assert torch.equal(alone.speaker_embedding, both.speaker_embedding)
+    assert torch.equal(alone.frames, both.frames[:, :, parted.recipe.shape.task_width :])
+    assert alone.keyword_logits.shape == (*both.mask.shape, 0)
+    for sharing, speakers in ((load_student(made_run.folder)[0], True), (student, False)):
+        with pytest.raises(ValueError, match="without keywords"):
+            sharing(*noise, keywords=False, speakers=speakers)
+
+
 def test_keywords_learn_on_after_a_recipe_of_keywords(published: str, parted: TinyRun, tmp_path: Path) -> None:
     before = parted.recipe.model_copy(update={"begin": published, "only": "keywords"})
     content = {**before.model_dump(mode="json"), "begin": None, "draws": 7, "after": before.model_dump(mode="json")}

@@ -169,6 +169,12 @@ def test_mistakes_in_what_comes_first_are_named(tmp_path: Path) -> None:
         ({"after": LEAST, "hints": {}}, "teach keywords"),
         ({"after": LEAST, "soft_targets": {"bundle": "sotto-edge@3"}}, "teach keywords"),
         ({"after": LEAST, "loss": {"speaker": 0}}, "neither loss"),
+        ({"begin": "sotto-edge@9", "shape": {"trunk": {}, "speaker_from": "features"}}, "only: keywords"),
+        ({"after": LEAST, "anew": True}, "begins anew beside"),
+        ({"begin": "sotto-edge@9", "anew": True}, "begins anew beside"),
+        ({"begin": "sotto-edge@9", "only": None, "anew": True}, "learns alone begins anew"),
+        ({"begin": "sotto-edge@9", "shape": {"speaker_stem_channels": 16}}, "parts at the features"),
+        ({"begin": "sotto-edge@9", "shape": {"speaker_early_blocks": 0}}, "parts at the features"),
     ],
 )
 def test_only_speakers_can_learn_where_words_are_known(changes: dict[str, Any], message: str) -> None:
@@ -227,6 +233,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "edge-nearer-base": Recipe,
     "edge-third": Recipe,
     "edge-fourth": Recipe,
+    "edge-voices": Recipe,
     "micro-nearer": Recipe,
     "micro-third": Recipe,
     "base": Recipe,

@@ -62,6 +62,9 @@ class EdgeShape:
     # Where the speaker branch parts: after the shared blocks, after the early ones, or at once, with a stem and early
     # blocks of its own.
     speaker_from: Parting = "shared"
+    # Of one that parts at the features, where it is narrower or shorter there than what hears words.
+    speaker_stem_channels: Count | None = None
+    speaker_early_blocks: CountOrZero | None = None
     dropout: Probability = 0.1
     # Whisper's encoder below the keyword blocks. The speaker branch keeps layers of its own: it parts at the features.
     trunk: TrunkShape | None = None
@@ -69,6 +72,11 @@ class EdgeShape:
     def __post_init__(self) -> None:
         if self.trunk is not None and self.tells_speakers and self.speaker_from != "features":
             raise ValueError("beside a trunk the speaker branch has to part at the features (speaker_from)")
+        own = (self.speaker_stem_channels, self.speaker_early_blocks)
+        if own != (None, None) and not (self.tells_speakers and self.speaker_from == "features"):
+            raise ValueError(
+                "speaker_stem_channels and speaker_early_blocks are of a speaker branch that parts at the features"
+            )
         if self.ahead is not None and not 0 <= self.ahead < self.kernel:
             raise ValueError(f"ahead is {self.ahead}; it must be at least 0 and less than the kernel's {self.kernel}")
 
@@ -202,8 +210,11 @@ class Edge(nn.Module):
         # In this order, which decides what a seed begins with.
         if shape.tells_speakers:
             if shape.speaker_from == "features":
-                self.speaker_stem = Stem(shape.mels, shape.stem_channels, shape.early_width)
-                self.speaker_early = _blocks(shape.early_blocks, shape.early_width, shape.early_kernel)
+                channels, early = shape.speaker_stem_channels, shape.speaker_early_blocks
+                self.speaker_stem = Stem(shape.mels, channels or shape.stem_channels, shape.early_width)
+                self.speaker_early = _blocks(
+                    shape.early_blocks if early is None else early, shape.early_width, shape.early_kernel
+                )
             if shape.speaker_from == "shared":
                 self.to_speaker = Widen(shape.shared_width, shape.task_width)
             else:
@@ -242,13 +253,17 @@ class Edge(nn.Module):
         *,
         shared_gradient: float = 1.0,
         speakers: bool = True,
+        keywords: bool = True,
     ) -> EdgeOutputs:
         """Waveform [B, N] in [-1, 1], lengths [B] in samples; what lies past a length is ignored.
 
         `augment` is training's change of the log-mel features [B, mels, frames]. `shared_gradient` is how
         much of the speaker branch's gradient reaches the layers that it shares; values are the same for any.
-        Without `speakers` the outputs are those of a student that has no such branch, which is not computed.
+        Without `speakers` the outputs are those of a student that has no such branch, which is not computed. Without
+        `keywords` only a speaker branch that parts at the features is: there are no logits, and frames are its own.
         """
+        if not keywords and not (speakers and self.shape.tells_speakers and self.shape.speaker_from == "features"):
+            raise ValueError("only a speaker branch that parts at the features can be computed without keywords")
         samples = torch.arange(waveform.shape[1], device=waveform.device)
         heard = (samples[None, :] < lengths[:, None]).to(waveform.dtype)
         # A frame is within the clip where its centre is, so coarser masks are every other element.
@@ -264,20 +279,24 @@ class Edge(nn.Module):
             if augment is not None:
                 features = augment(features)
             features = features * fine_mask[:, None, :]
-        if self.shape.trunk is not None:
-            x = self.trunk(waveform * heard, lengths, augment)
-        else:
-            x = self.stem(features, early_mask)
-            for block in self.early:
-                x = block(x, early_mask)
-            early = x
-            x = self.down(x, mask)
-            for block in self.shared:
-                x = block(x, mask)
-        spoken = self.to_keyword(x, mask)
-        for block in self.keyword:
-            spoken = block(spoken, mask)
-        logits = self.keyword_head(self.dropout(spoken))[:, :, 0].transpose(1, 2)
+        logits = waveform.new_zeros(waveform.shape[0], flat_mask.shape[1], 0)
+        branches = []
+        if keywords:
+            if self.shape.trunk is not None:
+                x = self.trunk(waveform * heard, lengths, augment)
+            else:
+                x = self.stem(features, early_mask)
+                for block in self.early:
+                    x = block(x, early_mask)
+                early = x
+                x = self.down(x, mask)
+                for block in self.shared:
+                    x = block(x, mask)
+            spoken = self.to_keyword(x, mask)
+            for block in self.keyword:
+                spoken = block(spoken, mask)
+            logits = self.keyword_head(self.dropout(spoken))[:, :, 0].transpose(1, 2)
+            branches.append(spoken)
         if speakers:
             if self.shape.speaker_from == "features":
                 own = self.speaker_stem(features, early_mask)
@@ -291,10 +310,11 @@ class Edge(nn.Module):
             for block in self.speaker:
                 voiced = block(voiced, mask)
             speaker = unit(self.speaker_head(self.dropout(self.pool(voiced, mask))).float())
-            spoken = torch.cat([spoken, voiced], dim=1)
+            branches.append(voiced)
         else:
             speaker = logits.new_zeros(len(logits), 0, dtype=torch.float32)
-        frames = spoken[:, :, 0].transpose(1, 2)
+        together = torch.cat(branches, dim=1) if len(branches) > 1 else branches[0]
+        frames = together[:, :, 0].transpose(1, 2)
         total = frames.float().sum(dim=1)
         return EdgeOutputs(
             keyword_logits=logits.float(),
