@@ -140,7 +140,7 @@ def _begins_frame(head: bytes) -> bool:
     return version != 1 and layer != 0 and bitrate != 15 and rate != 3
 
 
-def pcm_samples(data: bytes, *, start: int = 0, count: int = -1) -> Samples:
+def pcm_samples(data: bytes | bytearray, *, start: int = 0, count: int = -1) -> Samples:
     """Signed 16-bit little-endian samples from byte `start` on, `count` of them or all, as float32 in [-1, 1)."""
     return np.frombuffer(data, dtype="<i2", count=count, offset=start).astype(np.float32) * np.float32(1 / 32768)
 

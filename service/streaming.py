@@ -11,6 +11,8 @@ has been heard of it. Each event is told once: what later stretches see more of 
 
 from __future__ import annotations
 
+import functools
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -86,13 +88,18 @@ class Spotter:
         self._told: list[Detection] = []
         self._unsettled: list[Detection] = []
 
-    def settle(self, span: Span, logits: Array) -> list[Detection]:
-        """What the stretch's logits [T, K] tell that was not told before; times since the stream began."""
+    def likely(self, logits: Array) -> npt.NDArray[np.bool_] | None:
+        """Mask [K] of the keywords that a stretch could hold, for what these of its logits [T, 1 + K] say; or None."""
+        found = candidates(logits, self._least)
+        return found if found.any() else None
+
+    def settle(self, span: Span, logits: Array, likely: npt.NDArray[np.bool_] | None) -> list[Detection]:
+        """What the stretch's logits [T, 1 + K] tell that was not told before, of the keywords that are `likely` in it,
+        without which they are not looked at; times since the stream began."""
         info, length_s = self._info, span.end_s - span.start_s
         fresh, unsettled = [], []
         found: list[Detection] = []
-        likely = candidates(logits, self._least)
-        if likely.any():
+        if likely is not None:
             found = detect(weigh(logits, info, likely), info, length_s, self._allowed, self._threshold)
         for event in found:
             own = replace(event, start_s=event.start_s + span.start_s, end_s=event.end_s + span.start_s)
@@ -139,6 +146,10 @@ class _Waiting:
         self._parts, self._length = [everything[whole:]], len(everything) - whole
         return everything[:whole]
 
+    def missing(self, hop: int) -> int:
+        """How many samples of the hop are not there yet."""
+        return hop - self._length
+
     def take(self) -> Samples:
         """All of it."""
         everything: Samples = np.concatenate([np.zeros(0, dtype=np.float32), *self._parts])
@@ -160,6 +171,11 @@ class WindowStream:
         self._waiting = _Waiting()
         self._heard = 0
 
+    @property
+    def missing(self) -> int:
+        """So many samples complete the next window."""
+        return self._waiting.missing(self._hop)
+
     def push(self, samples: Samples) -> Iterator[Window]:
         """The windows that these samples complete."""
         new = self._waiting.add(samples, self._hop)
@@ -174,7 +190,7 @@ class WindowStream:
 
     def settle(self, window: Window, logits: Array) -> list[Detection]:
         """What the window's logits [T, K] tell that was not told before."""
-        return self._spotter.settle(window.span, logits)
+        return self._spotter.settle(window.span, logits, self._spotter.likely(logits))
 
     def _advance(self, new: Samples, *, last: bool) -> Window:
         self._heard += len(new)
@@ -200,8 +216,15 @@ class FrameStream:
         self._waiting = _Waiting()
         self._heard = 0
         self._progress = graph.begin()
-        self._logits: list[Array] = []
+        # The newest logits as they came, the oldest first, and what each lot says could be in a stretch with it.
+        self._logits: deque[tuple[Array, npt.NDArray[np.bool_] | None]] = deque()
+        self._kept = 0
         self._known = 0
+
+    @property
+    def missing(self) -> int:
+        """So many samples complete the next piece."""
+        return self._waiting.missing(self._hop)
 
     def push(self, samples: Samples) -> Iterator[Piece]:
         """What can be computed with these samples."""
@@ -244,11 +267,19 @@ class FrameStream:
 
     def _look(self, logits: Array, *, last: bool) -> list[Detection]:
         self._known += len(logits)
-        kept = np.concatenate([*self._logits, logits])[-self._keep :]
-        self._logits = [kept]
-        start_s = (self._known - len(kept)) * self._frame_s
+        self._logits.append((logits, self._spotter.likely(logits)))
+        self._kept += len(logits)
+        while self._kept - len(self._logits[0][0]) >= self._keep:
+            self._kept -= len(self._logits.popleft()[0])
+        length = min(self._kept, self._keep)
+        start_s = (self._known - length) * self._frame_s
         end_s = self._heard / SAMPLE_RATE_HZ if last else self._known * self._frame_s
-        return self._spotter.settle(Span(start_s, end_s, last), kept)
+        # Most of what a microphone hears holds no keyword, which each lot of logits is asked once.
+        stretch, likely = logits, None
+        if masks := [mask for _, mask in self._logits if mask is not None]:
+            likely = functools.reduce(np.logical_or, masks)
+            stretch = np.concatenate([own for own, _ in self._logits])[-length:]
+        return self._spotter.settle(Span(start_s, end_s, last), stretch, likely)
 
 
 def _meet(one: Detection, other: Detection) -> bool:

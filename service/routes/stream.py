@@ -106,7 +106,8 @@ class _Stream:
             self._keywords = WindowStream(info, pace, spotter, shortest_s=shortest_s)
         else:
             self._keywords = FrameStream(info, pace, spotter, engine.streaming, shortest_s=shortest_s)
-        self._half_sample = b""
+        # What is not taken for samples yet.
+        self._unheard = bytearray()
         self._samples = 0
         self._pacing = Pacing(time.monotonic())
         # While the next message is waited for.
@@ -158,14 +159,16 @@ class _Stream:
         while not self._finishing:
             message = await self._next()
             if isinstance(message, bytes):
-                await self._spot(list(self._keywords.push(self._heard(message))))
+                samples = self._heard(message)
+                if len(samples):
+                    await self._spot(list(self._keywords.push(self._resample(samples))))
             elif message == "ping":
                 await self._send({"type": "pong"})
             else:
                 return
 
     async def _end(self) -> None:
-        rest = self._resample(np.zeros(0, dtype=np.float32), last=True)
+        rest = self._resample(self._heard(b"", last=True), last=True)
         await self._spot([*self._keywords.push(rest), *self._keywords.flush()])
         await self._send({"type": "end", "duration_s": round(self._samples / self._rate_hz, 3)})
         await _close(self._websocket, self._runtime, RESTART if self._finishing else NORMAL)
@@ -208,14 +211,19 @@ class _Stream:
     def _notice_waiting(self) -> None:
         self._waited = True
 
-    def _heard(self, message: bytes) -> Samples:
-        data = self._half_sample + message
-        whole = len(data) - len(data) % 2
-        self._half_sample = data[whole:]
-        samples = pcm_samples(data, count=whole // 2)
+    def _heard(self, message: bytes, *, last: bool = False) -> Samples:
+        """The samples that have come, once there are enough for something to be computed with them, or the last ones:
+        fewer are not worth a look."""
+        self._unheard += message
+        least = 1 if last or self._resampler is not None else self._keywords.missing
+        count = len(self._unheard) // 2
+        if count < least:
+            return np.zeros(0, dtype=np.float32)
+        samples = pcm_samples(self._unheard, count=count)
+        del self._unheard[: 2 * count]
         self._samples += len(samples)
         self._runtime.metrics.audio_seconds.inc(len(samples) / self._rate_hz)
-        return self._resample(samples)
+        return samples
 
     def _resample(self, samples: Samples, *, last: bool = False) -> Samples:
         if self._resampler is None:
