@@ -7,7 +7,7 @@ quantisation do. Weights keep seven of their eight bits: processors without VNNI
 would overflow with eight.
 
 What is sensitive stays in float: features and the first convolution on them, whose single channel would gain nothing,
-pooling over time and the heads; their weights are float16 in the file. Masks are applied in float, where they are
+sums over time and the heads; their weights are float16 in the file. Masks are applied in float, where they are
 exact.
 The streaming graph computes in float with weights as `sotto compact` keeps them: its calls are too short to gain.
 What all this does to detections and scores is for the recognition rows to say (`sotto evaluate`).
@@ -49,8 +49,11 @@ from training.students.edge import is_convolutional
 CLIPS = 200
 LONGEST_S = 3.0
 KINDS = ("Conv", "Add", "Relu")
-# Of the nodes' names, which are those of the network's modules: blocks, changes of width and stems but for their first.
-INSIDE = re.compile(r"^/student/(speaker_)?(stem|early|down|shared|(to_)?keyword|to_speaker|speaker)[./](?!first|Mul)")
+# Of the nodes' names, which are the modules': blocks, changes of width, stems but for their first, and
+# what says how much each frame counts in pooling.
+INSIDE = re.compile(
+    r"^/student/(speaker_)?(stem|early|down|shared|(to_)?keyword|to_speaker|speaker|pool/score)[./](?!first|Mul)"
+)
 
 Array = npt.NDArray[np.float32]
 

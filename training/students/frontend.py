@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 HOP = 200
 LOWEST_HZ, HIGHEST_HZ = 40.0, 7600.0
@@ -21,7 +22,10 @@ class LogMel(nn.Module):
 
     Windows are two hops long, so framing is two views of the waveform. A Hann window is
     symmetric, hence the real part of the transform needs x[n] + x[W-n] only and the imaginary part
-    x[n] - x[W-n]: two half-size matrix products in place of one full one.
+    x[n] - x[W-n]: two half-size matrix products in place of one full one. Bins of even and of odd
+    number are symmetric about a quarter of the window once more, with either sign: four products of
+    a quarter's size, with more operators around them, which many frames are worth (`forward`) and the
+    few of a stream's chunk are not (`of_frames`).
     """
 
     def __init__(self, mels: int = 64, sample_rate_hz: int = 16_000, *, hop: int = HOP) -> None:
@@ -38,16 +42,53 @@ class LogMel(nn.Module):
         self.cosine: Tensor
         self.sine: Tensor
         self.mel: Tensor
+        self.near: Tensor
+        self.far: Tensor
+        self.cosine_even: Tensor
+        self.cosine_odd: Tensor
+        self.sine_even: Tensor
+        self.sine_odd: Tensor
+        self.both: Tensor
         self.register_buffer("cosine", (torch.cos(phase) * window[:, None]).float(), persistent=False)
         self.register_buffer("sine", (torch.sin(phase) * window[:, None]).float(), persistent=False)
         self.register_buffer("mel", filters[heard].float(), persistent=False)
+        self._fold_again(filters[heard], k)
+
+    def _fold_again(self, filters: Tensor, k: Tensor) -> None:
+        hop = self.hop
+        if hop % 2:
+            raise ValueError(f"hop is {hop}; it must be even")
+        n = torch.arange(hop // 2 + 1, dtype=torch.float64)
+        near = 0.5 - 0.5 * torch.cos(math.pi * n / hop)
+        # Both ends are their own mirror images.
+        share = torch.ones_like(n)
+        share[[0, -1]] = 0.5
+        phase = math.pi * torch.outer(n, k) / hop
+        even = k % 2 == 0
+        self.register_buffer("near", near.float(), persistent=False)
+        self.register_buffer("far", (1 - near).float(), persistent=False)
+        for parity, bins in (("even", even), ("odd", ~even)):
+            for name, wave in (("cosine", torch.cos(phase)), ("sine", torch.sin(phase))):
+                matrix = (wave * share[:, None])[:, bins].float().contiguous()
+                self.register_buffer(f"{name}_{parity}", matrix, persistent=False)
+        self.register_buffer("both", torch.cat([filters[even], filters[~even]]).float(), persistent=False)
 
     def forward(self, waveform: Tensor) -> Tensor:
         count, hop = waveform.shape[0], self.hop
-        left = waveform.new_zeros(count, hop)
-        right = waveform.new_zeros(count, hop)
-        padded = torch.cat([left, waveform, right], dim=1)
-        return self.of_frames(padded, (padded.shape[1] - 1) // hop - 1)
+        quarter = hop // 2
+        padded = functional.pad(waveform, (hop, 2 * hop - 1))
+        # One block of a hop for each frame and two more: a frame's window are its own block and the next one.
+        padded = padded[:, : padded.shape[1] // hop * hop]
+        ahead = padded.reshape(count, -1, hop)[:, :, : quarter + 1]
+        back = padded[:, quarter:-quarter].reshape(count, -1, hop)[:, :, : quarter + 1].flip(2)
+        # x[n], x[W/2-n], x[W/2+n] and x[W-n], for n from 0 to a quarter of the window W.
+        first, second, third, fourth = ahead[:, :-2], back[:, :-1], ahead[:, 1:-1], back[:, 1:]
+        even_near, even_far = (first + fourth) * self.near, (second + third) * self.far
+        odd_near, odd_far = (first - fourth) * self.near, (second - third) * self.far
+        real = torch.matmul(even_near + even_far, self.cosine_even), torch.matmul(even_near - even_far, self.cosine_odd)
+        imaginary = torch.matmul(odd_near - odd_far, self.sine_even), torch.matmul(odd_near + odd_far, self.sine_odd)
+        squares = [a * a + b * b for a, b in zip(real, imaginary, strict=True)]
+        return self._on_mel_scale(torch.cat(squares, dim=2), self.both)
 
     def of_frames(self, padded: Tensor, frames: int) -> Tensor:
         """Features [B, mels, frames] of samples that begin one hop before the first frame's centre."""
@@ -56,8 +97,10 @@ class LogMel(nn.Module):
         behind = padded[:, hop : (frames + 1) * hop].reshape(count, -1, hop).flip(2)
         real = torch.matmul(ahead + behind, self.cosine)
         imaginary = torch.matmul(ahead - behind, self.sine)
-        power = torch.matmul(real * real + imaginary * imaginary, self.mel)
-        features = (torch.log(power + FLOOR) - CENTRE) / SPREAD
+        return self._on_mel_scale(real * real + imaginary * imaginary, self.mel)
+
+    def _on_mel_scale(self, squares: Tensor, filters: Tensor) -> Tensor:
+        features = (torch.log(torch.matmul(squares, filters) + FLOOR) - CENTRE) / SPREAD
         return features.transpose(1, 2)
 
 
