@@ -19,7 +19,7 @@ format: .venv-dev/installed
 	.venv-dev/bin/ruff format .
 
 # Its teachers are bundles of the built-in store; others name some from elsewhere (`make teachers peers`).
-RECIPE ?= training/recipes/edge-third.yaml
+RECIPE ?= training/recipes/edge-voices.yaml
 train: .venv-dev/installed
 	.venv-dev/bin/sotto train $(RECIPE)
 
