@@ -12,7 +12,7 @@ from model_store.inference import Session
 from model_store.streaming import ENDLESS, Chunk, Progress, StreamingGraph
 from service.audio import SAMPLE_RATE_HZ
 from service.keywords import Array, allowed_labels
-from service.streaming import MOST_FRAMES, FrameStream, Pace, Spotter
+from service.streaming import MOST_FRAMES, FrameStream, Pace, Span, Spotter
 
 HOP = 800
 DELAY = 6
@@ -138,3 +138,26 @@ def test_memory_is_bounded(info: KeywordInfo) -> None:
     assert sum(map(len, stream._logits)) <= info.window_s * SAMPLE_RATE_HZ / HOP
     assert sum(len(part) for part in stream._waiting._parts) <= Pace().hop_s * SAMPLE_RATE_HZ
     assert len(stream._spotter._told) == 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_each_lot_could_hold_tells_as_much_as_the_whole_stretch(info: KeywordInfo, seed: int) -> None:
+    """Also where a stretch begins in the midst of a lot, which then counts whole."""
+    rng = np.random.default_rng(seed)
+    lots = [rng.normal(-3, 3, (5, 1 + WORDS)).astype(np.float32) for _ in range(6)]
+    stretch = np.concatenate(lots)[3:]
+    span = Span(0.0, len(stretch) * HOP / SAMPLE_RATE_HZ, last=True)
+    one, other = (Spotter(info, Pace(), allowed_labels(info, []), 0.5) for _ in range(2))
+    masks = [mask for lot in lots if (mask := one.likely(lot)) is not None]
+    found = one.settle(span, stretch, np.logical_or.reduce(masks) if masks else None)
+    assert found
+    assert found == other.settle(span, stretch, np.ones(WORDS, dtype=bool))
+
+
+def test_logits_that_say_nothing_are_likely_nothing(info: KeywordInfo) -> None:
+    spotter = Spotter(info, Pace(), allowed_labels(info, []), 0.5)
+    quiet = np.full((5, 1 + WORDS), -6.0, np.float32)
+    quiet[:, 0] = 6.0
+    assert spotter.likely(quiet) is None
+    quiet[2, 1] = np.nan
+    assert spotter.likely(quiet) is not None
