@@ -23,12 +23,25 @@ from torch import Tensor, nn
 from model_store import Bundle
 from training.batches import Batch
 from training.errors import RunError
+from training.objectives.soft_targets import teaching_bundle
 from training.recipe import Recipe
 from training.students.edge import SPEAKER_PARTS, Edge
 
 Floats = npt.NDArray[np.float32]
 MANIFEST = "manifest.csv"
 Norm = nn.BatchNorm1d | nn.BatchNorm2d
+
+
+def begun(recipe: Recipe, labels: list[str]) -> Edge:
+    """The student as the recipe's seed has it, with the weights that it begins with. Raises RunError."""
+    torch.manual_seed(recipe.seed)
+    student = Edge(1 + len(labels), recipe.shape)
+    if recipe.init is not None:
+        begin_with(student, recipe.init)
+    if recipe.begin is not None:
+        anew = SPEAKER_PARTS if recipe.anew else ()
+        begin_with_bundle(student, teaching_bundle(recipe.begin), labels, anew=anew)
+    return student
 
 
 def begin_with(student: Edge, weights: Path) -> None:

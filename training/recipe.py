@@ -238,10 +238,14 @@ class Recipe(_Strict):
             raise ValueError("hints and soft_targets teach keywords, and only speakers learn")
         if not self.loss.speaker and self.voices is None:
             raise ValueError("only speakers learn, and neither loss.speaker nor voices teach them")
-        if self.anew and (self.begin is None or self.shape.speaker_from != "features" or self.before_share):
+        if self.begin is not None and self.shape.speaker_from != "features":
             raise ValueError(
-                "a speaker branch begins anew beside a bundle's keywords (begin), parts at the features, and keeps no "
-                "share of what came first (before_share)"
+                "beside a bundle's keywords (begin) only speakers that part at the features can learn alone"
+            )
+        if self.anew and (self.begin is None or self.before_share):
+            raise ValueError(
+                "a speaker branch begins anew beside a bundle's keywords (begin), and keeps no share of what came "
+                "first (before_share)"
             )
 
     def _with_trunk(self, layers: int) -> None:

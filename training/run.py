@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from training.audio_cache import SAMPLE_RATE_HZ, AudioCache
 from training.batches import NO_SPEAKER, Batch, BatchSource, batches
-from training.beginning import begin_with, begin_with_bundle, check_same_people, meet
+from training.beginning import begun, check_same_people, meet
 from training.beside import check_beside
 from training.checkpoint import restore, save, update_average
 from training.errors import RunError, TeacherError
@@ -38,7 +38,7 @@ from training.recipe import HintsRecipe, Recipe, VoicesRecipe
 from training.revision import git_revision
 from training.rooms import with_rooms
 from training.spectral import SpectralAugment
-from training.students.edge import FRAME_HOP, SPEAKER_PARTS, Edge
+from training.students.edge import FRAME_HOP, Edge
 from training.synthesis import synthesize
 from training.voices import VoiceHead, Voices, speaking_bundle
 from training.whisper import FOLDER, begin_trunk, encoder_weights
@@ -102,6 +102,7 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int |
     if recipe.after is not None:
         train(recipe.after, folder / "before", cache_folder)
     prepared = prepare(recipe, cache_folder)
+    begun(recipe, prepared.labels)  # What cannot begin is to fail before a teacher is asked for half an hour.
     clips = [clip.path for clip in prepared.training]
     hints = voices = None
     if recipe.hints is not None:
@@ -124,19 +125,14 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int |
     soft = None
     if recipe.soft_targets is not None:
         soft = SoftTargets(recipe.soft_targets.bundle, prepared.labels, threads=torch.get_num_threads())
-    torch.manual_seed(recipe.seed)
-    student = Edge(1 + len(prepared.labels), recipe.shape)
-    if recipe.init is not None:
-        begin_with(student, recipe.init)
+    student = begun(recipe, prepared.labels)
     trunk = None if recipe.shape.trunk is None else begin_trunk(student.trunk, recipe.trunk.weights)
-    begun: dict[str, torch.Tensor] = {}
+    first: dict[str, torch.Tensor] = {}
     if recipe.begin is not None:
-        anew = SPEAKER_PARTS if recipe.anew else ()
-        begin_with_bundle(student, teaching_bundle(recipe.begin), prepared.labels, anew=anew)
         if recipe.shape.trunk is None and not recipe.anew:
             met = (source[step] for step in range(MEETING_BATCHES))
             meet(student, met, speakers=recipe.only != "keywords", keywords=_hears_keywords(recipe))
-        begun = {name: value.clone() for name, value in student.state_dict().items()}
+        first = {name: value.clone() for name, value in student.state_dict().items()}
     # Channels last is what the CPU's bfloat16 kernels want; it changes speed, not results' meaning.
     student = student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
     heads = TrainingHeads(recipe, max(1, source.speaker_classes), voices, hints)
@@ -170,7 +166,7 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int |
     writer.close()
     if last == recipe.schedule.steps:
         if recipe.before_share:
-            before = begun or load_student(folder / "before")[0].state_dict()
+            before = first or load_student(folder / "before")[0].state_dict()
             average = mixed(average, before, recipe.before_share)
         torch.save(average, folder / "student.partial")
         (folder / "student.partial").replace(folder / "student.pt")

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import cast
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from model_store import KeywordInfo, LocalStore, StreamInfo
 from model_store.inference import Session
 from model_store.streaming import ENDLESS, Chunk, Progress, StreamingGraph
 from service.audio import SAMPLE_RATE_HZ
-from service.keywords import Array, allowed_labels
+from service.keywords import Array, Detection, allowed_labels
 from service.streaming import MOST_FRAMES, FrameStream, Pace, Span, Spotter
 
 HOP = 800
@@ -135,23 +136,46 @@ def test_memory_is_bounded(info: KeywordInfo) -> None:
     for _ in range(200):
         for piece in stream.push(np.zeros(SAMPLE_RATE_HZ, np.float32)):
             stream.settle(piece, *computed(stream.chunk(piece), [(0.0, 1e9, 0)]))
-    assert sum(map(len, stream._logits)) <= info.window_s * SAMPLE_RATE_HZ / HOP
+    kept = sum(len(logits) for logits, _ in stream._logits)
+    # The oldest lot is kept whole.
+    assert kept == stream._kept
+    assert stream._keep <= kept < stream._keep + stream._frames
+    assert stream._keep == info.window_s * SAMPLE_RATE_HZ / HOP
     assert sum(len(part) for part in stream._waiting._parts) <= Pace().hop_s * SAMPLE_RATE_HZ
     assert len(stream._spotter._told) == 1
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_what_each_lot_could_hold_tells_as_much_as_the_whole_stretch(info: KeywordInfo, seed: int) -> None:
-    """Also where a stretch begins in the midst of a lot, which then counts whole."""
+def test_what_each_lot_could_hold_tells_as_much_as_the_whole_stretch(
+    info: KeywordInfo, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every look at a stream of scattered words and silence is that at all of its newest frames."""
     rng = np.random.default_rng(seed)
-    lots = [rng.normal(-3, 3, (5, 1 + WORDS)).astype(np.float32) for _ in range(6)]
-    stretch = np.concatenate(lots)[3:]
-    span = Span(0.0, len(stretch) * HOP / SAMPLE_RATE_HZ, last=True)
-    one, other = (Spotter(info, Pace(), allowed_labels(info, []), 0.5) for _ in range(2))
-    masks = [mask for lot in lots if (mask := one.likely(lot)) is not None]
-    found = one.settle(span, stretch, np.logical_or.reduce(masks) if masks else None)
-    assert found
-    assert found == other.settle(span, stretch, np.ones(WORDS, dtype=bool))
+    stream, whole = stream_of(info), Spotter(info, Pace(), allowed_labels(info, []), 0.5)
+    logits = rng.normal(0, 1, (200, 1 + WORDS)).astype(np.float32)
+    logits[:, 0] += 14
+    for frame in rng.choice(len(logits), 4, replace=False):
+        logits[frame : frame + 6, 1 + rng.integers(WORDS)] += 16
+    looks: list[tuple[Span, Array, list[Detection]]] = []
+    masks: list[bool] = []
+
+    def settle(span: Span, own: Array, likely: npt.NDArray[np.bool_] | None) -> list[Detection]:
+        found = Spotter.settle(stream._spotter, span, own, likely)
+        masks.append(likely is not None and not likely.all())
+        looks.append((span, own, found))
+        return found
+
+    monkeypatch.setattr(stream._spotter, "settle", settle)
+    # Lots that do not make up the stretch: its first one is cut.
+    for end in range(3, len(logits) + 1, 3):
+        found = stream._look(logits[end - 3 : end], last=False)
+        newest = logits[max(0, end - stream._keep) : end]
+        span, _, told = looks[-1]
+        assert round((span.end_s - span.start_s) * SAMPLE_RATE_HZ / HOP) == len(newest)
+        assert found == told == whole.settle(span, newest, np.ones(WORDS, dtype=bool))
+    assert any(found for _, _, found in looks)
+    assert any(masks)
+    assert not all(masks)
 
 
 def test_logits_that_say_nothing_are_likely_nothing(info: KeywordInfo) -> None:

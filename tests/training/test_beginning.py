@@ -20,7 +20,7 @@ from training.export import export
 from training.manifest import digest_tables, labels_of, read_data
 from training.objectives import soft_targets
 from training.objectives.soft_targets import teaching_bundle
-from training.recipe import Recipe
+from training.recipe import Recipe, VoicesRecipe
 from training.run import load_student, train
 from training.students.edge import SPEAKER_PARTS, Edge
 
@@ -184,6 +184,20 @@ def test_another_shape_or_other_words_are_refused(published: str, parted: TinyRu
             begin_with_bundle(Edge(1 + len(labels), replace(parted.recipe.shape, **changes)), bundle, labels)
     with pytest.raises(RunError, match="which are not the 3"):
         begin_with_bundle(Edge(len(labels), parted.recipe.shape), bundle, labels[1:])
+
+
+def test_what_cannot_begin_fails_before_a_teacher_is_asked(
+    published: str, parted: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = replace(parted.recipe.shape, speaker_stem_channels=4)
+    changes = {"begin": published, "only": "speakers", "shape": shape, "voices": VoicesRecipe()}
+    recipe = parted.recipe.model_copy(update=changes)
+    asked: list[Recipe] = []
+    monkeypatch.setattr("training.run.check_beside", lambda *_: None)
+    monkeypatch.setattr("training.run._voices", lambda recipe, *_: asked.append(recipe))
+    with pytest.raises(RunError, match="parted@1 is a network of another shape"):
+        train(recipe, tmp_path / "run", parted.cache)
+    assert not asked
 
 
 def test_the_bundle_has_to_have_set_the_same_people_aside(published: str, parted: TinyRun) -> None:

@@ -171,7 +171,12 @@ def test_mistakes_in_what_comes_first_are_named(tmp_path: Path) -> None:
         ({"after": LEAST, "loss": {"speaker": 0}}, "neither loss"),
         ({"begin": "sotto-edge@9", "shape": {"trunk": {}, "speaker_from": "features"}}, "only: keywords"),
         ({"after": LEAST, "anew": True}, "begins anew beside"),
-        ({"begin": "sotto-edge@9", "anew": True}, "begins anew beside"),
+        ({"begin": "sotto-edge@9"}, "part at the features"),
+        ({"begin": "sotto-edge@9", "anew": True, "shape": {"speaker_from": "early"}}, "part at the features"),
+        (
+            {"begin": "sotto-edge@9", "anew": True, "shape": {"speaker_from": "features"}, "before_share": 0.5},
+            "begins anew beside",
+        ),
         ({"begin": "sotto-edge@9", "only": None, "anew": True}, "learns alone begins anew"),
         ({"begin": "sotto-edge@9", "shape": {"speaker_stem_channels": 16}}, "parts at the features"),
         ({"begin": "sotto-edge@9", "shape": {"speaker_early_blocks": 0}}, "parts at the features"),
