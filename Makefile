@@ -18,7 +18,8 @@ format: .venv-dev/installed
 	.venv-dev/bin/ruff check --fix .
 	.venv-dev/bin/ruff format .
 
-# Its teachers are bundles of the built-in store; others name some from elsewhere (`make teachers peers`).
+# It asks Resemblyzer (`make peers`); others have bundles of the built-in store as teachers, or some from elsewhere
+# (`make teachers peers`).
 RECIPE ?= training/recipes/edge-voices.yaml
 train: .venv-dev/installed
 	.venv-dev/bin/sotto train $(RECIPE)

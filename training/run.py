@@ -325,7 +325,7 @@ def _averaged(recipe: Recipe, prepared: Prepared, average: dict[str, torch.Tenso
 
 
 def _hears_keywords(recipe: Recipe) -> bool:
-    """Where speakers learn alone in a branch that shares nothing, a third of a step would be spent on words."""
+    """Where speakers learn alone in a branch that shares nothing, words would take time for nothing."""
     return recipe.only != "speakers" or recipe.shape.speaker_from != "features"
 
 

@@ -242,13 +242,20 @@ def test_a_stream_in_a_crowd_is_refused_in_words_on_a_used_connection_too(
         assert problem(used.recv(65_536)) == (503, "overloaded")
 
 
-def test_who_was_there_before_the_crowd_is_served(tmp_path: Path, started: list[RunningService]) -> None:
+def three_for_two(
+    tmp_path: Path, started: list[RunningService], stack: ExitStack
+) -> tuple[bytes, tuple[socket.socket, ...]]:
+    """A request with a clip, and three connections to a service that takes two."""
     service = start_service(tmp_path, limit_connections="2")
     started.append(service)
     clip = encoded(voice(1.0))
     request = HEAD.replace(b"100000", b"%d" % len(clip)) + clip
+    return request, tuple(stack.enter_context(dial(service)) for _ in range(3))
+
+
+def test_who_was_there_before_the_crowd_is_served(tmp_path: Path, started: list[RunningService]) -> None:
     with ExitStack() as stack:
-        first, second, third = (stack.enter_context(dial(service)) for _ in range(3))
+        request, (first, second, third) = three_for_two(tmp_path, started, stack)
         # Neither is idle: one has sent a part of its head, one nothing yet.
         first.sendall(request[:50])
         for _ in range(3):
@@ -278,12 +285,8 @@ def test_the_connection_that_is_idle_for_longest_makes_room(tmp_path: Path, star
 
 
 def test_who_came_in_a_crowd_is_served_once_others_are_idle(tmp_path: Path, started: list[RunningService]) -> None:
-    service = start_service(tmp_path, limit_connections="2")
-    started.append(service)
-    clip = encoded(voice(1.0))
-    request = HEAD.replace(b"100000", b"%d" % len(clip)) + clip
     with ExitStack() as stack:
-        first, second, third = (stack.enter_context(dial(service)) for _ in range(3))
+        request, (first, second, third) = three_for_two(tmp_path, started, stack)
         assert all(lives(connection) for connection in (first, second))
         # Those two may be about to ask again.
         third.sendall(request)
