@@ -241,6 +241,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "edge-voices": Recipe,
     "micro-nearer": Recipe,
     "micro-third": Recipe,
+    "micro-noisier": Recipe,
     "base": Recipe,
     "micro": Recipe,
     "teacher": PretrainRecipe,
