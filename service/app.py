@@ -88,6 +88,9 @@ def create_app(settings: Settings) -> FastAPI:
         version=version("sotto"),
         lifespan=lifespan,
         redirect_slashes=False,
+        # Its traces hold paths, in which callers write who speaks; and to ask whether anybody wants them takes as long
+        # as reading a head.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
         # `routes/docs.py` has them without a CDN.
         docs_url=None,
         redoc_url=None,

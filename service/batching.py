@@ -151,7 +151,7 @@ class Batcher(Generic[Item, Result]):
             cost_s = size * self._rate(group)
             turn, future = now + priority.value, loop.create_future()
             limit = min(most or self._limits.max_batch, self._limits.max_batch)
-            entry = Entry[Item, Result](
+            entry: Entry[Item, Result] = Entry(
                 item, group, size, cost_s, turn, gather_s, limit, deadline, now, abandoned, loop, future
             )
             self._admit(entry, now)

@@ -25,6 +25,11 @@ CLEARLY_BETTER = 1.1
 # Whoever waits for a full call leaves cores idle, which a probe of the graph does not see: of `sotto-edge@10`,
 # served on two cores, calls of one and of eight answer as many, and beside twice as many requests those of one more.
 WORTH_WAITING = 1.5
+# Few of those that wait anyway may share a call all the same: each call wakes a thread that needs the interpreter, with
+# which the event loop is busy. Of `sotto-edge@11`, served on two cores to 16 clients, calls of up to four answer a
+# twentieth to a seventh more than calls of one. Unless the graph itself is this much slower where clips share a call.
+FEW = 4
+SLOWER_TOGETHER = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +63,9 @@ def choose_threads(graph: bytes, cpus: int) -> Threads:
 
 
 def clips_a_call(graph: bytes, threads: Threads, most: int) -> int:
-    """1, or `most` where so many one-second clips in a call are so much faster than as many calls that it is worth
-    waiting for them. Where a processor's caches hold what a clip needs and not what eight do, they are slower."""
+    """`most` where so many one-second clips in a call are so much faster than as many calls that it is worth waiting
+    for them; otherwise FEW. 1 where they are slower, as where a processor's caches hold what a clip needs and not what
+    eight do."""
     if most == 1:
         return 1
     session = open_clips(graph, threads=threads.intra_op)
@@ -69,7 +75,8 @@ def clips_a_call(graph: bytes, threads: Threads, most: int) -> int:
     for _ in range(ROUNDS):
         for count, found in rates.items():
             found.append(count * calls_per_s(session, _seconds(count), threads.callers, PROBE_S))
-    return most if sum(rates[most]) > WORTH_WAITING * sum(rates[1]) else 1
+    gain = sum(rates[most]) / sum(rates[1])
+    return most if gain > WORTH_WAITING else min(FEW, most) if gain > SLOWER_TOGETHER else 1
 
 
 def standby(callers: int, intra_op: int, cpus: int) -> int:

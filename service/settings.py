@@ -81,7 +81,7 @@ class Settings(BaseSettings):
         default=0,
         ge=0,
         le=256,
-        description="Clips in one graph call while none has to wait long; 0: measured at start, one or `max_batch`.",
+        description="Clips in one graph call while none waits long; 0: measured at start, one, four or `max_batch`.",
     )
     max_batch_audio_s: float = Field(default=32.0, gt=0, description="Cap on padded audio in one graph call.")
     call_timeout_s: float = Field(

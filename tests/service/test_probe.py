@@ -62,7 +62,7 @@ def test_calls_run_side_by_side_unless_another_way_is_clearly_better(
     assert found.rates == rates
 
 
-@pytest.mark.parametrize(("calls_of_eight", "chosen"), [(10.0, 1), (18.7, 1), (18.8, 8), (100.0, 8)])
+@pytest.mark.parametrize(("calls_of_eight", "chosen"), [(9.9, 1), (10.1, 4), (18.7, 4), (18.8, 8), (100.0, 8)])
 def test_clips_share_a_call_where_that_is_worth_waiting_for(
     monkeypatch: pytest.MonkeyPatch, calls_of_eight: float, chosen: int
 ) -> None:
@@ -83,6 +83,18 @@ def test_clips_share_a_call_where_that_is_worth_waiting_for(
     assert clips_a_call(b"a graph", Threads(4, 1, {}), 8) == chosen
     # In turns, so that what slows the machine slows both.
     assert asked == [(1, 4), (8, 4)] * probe.ROUNDS
+
+
+def test_few_share_a_call_only_where_so_many_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Graph:
+        def run(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(probe, "open_clips", lambda *_, **__: Graph())
+    # As many clips a second, however many share a call.
+    monkeypatch.setattr(probe, "calls_per_s", lambda _, feeds, *__: 100.0 / len(feeds["waveform"]))
+    assert clips_a_call(b"a graph", Threads(4, 1, {}), 2) == 2
+    assert clips_a_call(b"a graph", Threads(4, 1, {}), 3) == 3
 
 
 def test_where_one_clip_is_all_a_call_may_have_nothing_is_asked() -> None:
