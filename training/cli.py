@@ -16,6 +16,7 @@ from model_store import Bundle, LocalStore, builtin_store_path
 from model_store.store import MANIFEST, open_bundle
 from training.corpus_cli import corpus
 from training.errors import ExportError, MeasurementError
+from training.memory import keep_freed_memory
 from training.terminal import command_line, console, failed, say, told
 
 if importlib.util.find_spec("torch") is None:
@@ -51,6 +52,7 @@ def train(
     from training.run import train as run_training
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
+    keep_freed_memory()
     with told():
         loaded = load_recipe(recipe)
         if data is not None:
@@ -75,6 +77,7 @@ def pretrain(
     from training.pretrain import pretrain as run_pretraining
     from training.recipe import read_recipe
 
+    keep_freed_memory()
     with told():
         loaded = read_recipe(recipe, PretrainRecipe)
         loaded = loaded.model_copy(update={"data": data or loaded.data})
@@ -98,6 +101,7 @@ def distil(
     from training.distil import distil as run_distillation
     from training.recipe import read_recipe
 
+    keep_freed_memory()
     with told():
         loaded = read_recipe(recipe, DistilRecipe)
         loaded = loaded.model_copy(update={"data": data or loaded.data})
@@ -121,6 +125,7 @@ def finetune(
     from training.finetune import finetune as run_finetuning
     from training.recipe import read_recipe
 
+    keep_freed_memory()
     with told():
         loaded = read_recipe(recipe, FinetuneRecipe)
         loaded = loaded.model_copy(update={"data": data or loaded.data})
@@ -202,6 +207,7 @@ def study(
     from training.rows import Setting
     from training.study import run_study
 
+    keep_freed_memory()
     with told():
         loaded = load_study(recipe)
         if only:
