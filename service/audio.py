@@ -11,7 +11,7 @@ import io
 import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -37,8 +37,10 @@ SAMPLES_PER_SECOND_CAP = 2 * 96_000
 BLOCK_SAMPLES = 8_192
 # Reverberation and dither never get near this; a file of such samples is not a recording.
 LOUDEST_SAMPLE = 1e4
+_FULL_SCALE = np.float32(1 / 32768)
 
 Samples = npt.NDArray[np.float32]
+Integers = npt.NDArray[np.int16]
 
 _CONTAINERS = {"WAV", "WAVEX", "RF64", "W64", "FLAC", "OGG", "MPEG", "MP3"}
 _PLAIN_CODECS = (b"\x01\x00", b"\x03\x00")  # WAVE_FORMAT_PCM and WAVE_FORMAT_IEEE_FLOAT
@@ -50,15 +52,26 @@ _CHANNELS = re.compile(r";\s*channels\s*=\s*\"?([^\s;\"]*)", re.IGNORECASE)
 _RATE = re.compile(r";\s*rate\s*=\s*\"?([0-9]{1,7})\"?\s*(?:;|$)", re.IGNORECASE)
 
 
-@dataclass(frozen=True, slots=True)
 class Waveform:
     """Mono, 16 kHz, float32 in [-1, 1], finite."""
 
-    samples: Samples
+    __slots__ = ("_kept",)
+
+    def __init__(self, samples: Samples | Integers) -> None:
+        """Integers of 16 bits become float when they are first asked for. That is in the thread that computes: numpy
+        lets go of the interpreter meanwhile, and the event loop would have to wait until it gets it back."""
+        self._kept = samples
+
+    @property
+    def samples(self) -> Samples:
+        kept = self._kept
+        if kept.dtype == np.int16:
+            self._kept = kept = np.multiply(kept, _FULL_SCALE, dtype=np.float32)
+        return cast(Samples, kept)
 
     @property
     def duration_s(self) -> float:
-        return len(self.samples) / SAMPLE_RATE_HZ
+        return len(self._kept) / SAMPLE_RATE_HZ
 
 
 class _ForwardFile(soundfile.SoundFile):  # type: ignore[misc]  # soundfile ships no types
@@ -87,6 +100,7 @@ def decode(data: bytes, content_type: str, *, shortest_s: float, longest_s: floa
     if not data:
         raise UndecodableAudioError("the body is empty")
     plain = _plain_samples(data, longest_s)
+    samples: Samples | Integers
     if plain is not None:
         samples = plain
     elif _sniff(data, content_type) is not None:
@@ -95,10 +109,10 @@ def decode(data: bytes, content_type: str, *, shortest_s: float, longest_s: floa
         samples = _decode_pcm(data, content_type, longest_s)
     else:
         raise UndecodableAudioError("the bytes are no WAV, FLAC, Ogg or MP3 file (raw samples need audio/pcm;rate=...)")
-    duration_s = len(samples) / SAMPLE_RATE_HZ
-    if duration_s < shortest_s:
-        raise AudioTooShortError(f"{duration_s:.3f} s of audio; the model needs at least {shortest_s} s")
-    return Waveform(samples)
+    waveform = Waveform(samples)
+    if waveform.duration_s < shortest_s:
+        raise AudioTooShortError(f"{waveform.duration_s:.3f} s of audio; the model needs at least {shortest_s} s")
+    return waveform
 
 
 def is_plain(data: bytes, content_type: str) -> bool:
@@ -142,10 +156,10 @@ def _begins_frame(head: bytes) -> bool:
 
 def pcm_samples(data: bytes | bytearray, *, start: int = 0, count: int = -1) -> Samples:
     """Signed 16-bit little-endian samples from byte `start` on, `count` of them or all, as float32 in [-1, 1)."""
-    return np.frombuffer(data, dtype="<i2", count=count, offset=start).astype(np.float32) * np.float32(1 / 32768)
+    return np.frombuffer(data, dtype="<i2", count=count, offset=start).astype(np.float32) * _FULL_SCALE
 
 
-def _plain_samples(data: bytes, longest_s: float) -> Samples | None:
+def _plain_samples(data: bytes, longest_s: float) -> Integers | None:
     """Of the WAV file that most clients send, 16-bit mono at our own rate with nothing between head and samples; None
     for any other. Opening a file in libsndfile takes longer than all else that a clip needs on the event loop."""
     if data[:4] != b"RIFF" or data[8:36] != _PLAIN_FORMAT or data[36:40] != b"data":
@@ -156,7 +170,7 @@ def _plain_samples(data: bytes, longest_s: float) -> Samples | None:
         return None
     if size // 2 > longest_s * SAMPLE_RATE_HZ:
         raise AudioTooLargeError(f"more than {longest_s:g} s of audio")
-    return pcm_samples(data, start=_PLAIN_HEAD_BYTES, count=size // 2)
+    return np.frombuffer(data, "<i2", size // 2, _PLAIN_HEAD_BYTES)
 
 
 def _decode_container(data: bytes, longest_s: float) -> Samples:

@@ -29,7 +29,7 @@ from service.errors import (
     RequestTooSlowError,
     ServiceError,
 )
-from service.intake import TIMEOUT_HEADER, time_given_s
+from service.intake import TIMEOUT_HEADER, WHOLE, time_given_s
 from service.lingering import LingeringTransport
 from service.metrics import UNMATCHED, Metrics
 from service.refusals import in_full, too_many
@@ -160,6 +160,7 @@ class BoundedHttp(HttpToolsProtocol):
         self.scope["state"] |= {
             ABANDONED: lambda: (found := cycle()) is None or found.disconnected,
             ANSWERING: answering,
+            WHOLE: lambda: (found := cycle()) is not None and not found.more_body,
         }
 
     def on_body(self, body: bytes) -> None:

@@ -329,7 +329,10 @@ def test_a_plain_wav_decodes_as_libsndfile_does(declared: int | None, cut: int, 
         with pytest.raises(UndecodableAudioError):
             audio._decode_container(data, 10.0)
     else:
-        assert np.array_equal(plain, audio._decode_container(data, 10.0))
+        waveform = Waveform(plain)
+        assert waveform.duration_s == len(plain) / SAMPLE_RATE_HZ
+        assert waveform.samples.dtype == np.float32
+        assert np.array_equal(waveform.samples, audio._decode_container(data, 10.0))
 
 
 @pytest.mark.parametrize("place", range(8, 40))
