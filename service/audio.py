@@ -64,10 +64,9 @@ class Waveform:
 
     @property
     def samples(self) -> Samples:
-        kept = self._kept
-        if kept.dtype == np.int16:
-            self._kept = kept = np.multiply(kept, _FULL_SCALE, dtype=np.float32)
-        return cast(Samples, kept)
+        if self._kept.dtype != np.float32:
+            self._kept = _in_float(cast(Integers, self._kept))
+        return cast(Samples, self._kept)
 
     @property
     def duration_s(self) -> float:
@@ -154,9 +153,13 @@ def _begins_frame(head: bytes) -> bool:
     return version != 1 and layer != 0 and bitrate != 15 and rate != 3
 
 
-def pcm_samples(data: bytes | bytearray, *, start: int = 0, count: int = -1) -> Samples:
-    """Signed 16-bit little-endian samples from byte `start` on, `count` of them or all, as float32 in [-1, 1)."""
-    return np.frombuffer(data, dtype="<i2", count=count, offset=start).astype(np.float32) * _FULL_SCALE
+def pcm_samples(data: bytes | bytearray, *, count: int) -> Samples:
+    """The first `count` signed 16-bit little-endian samples as float32 in [-1, 1)."""
+    return _in_float(np.frombuffer(data, "<i2", count))
+
+
+def _in_float(samples: Integers) -> Samples:
+    return np.multiply(samples, _FULL_SCALE, dtype=np.float32)
 
 
 def _plain_samples(data: bytes, longest_s: float) -> Integers | None:

@@ -123,7 +123,7 @@ async def read_body(
     # One buffer, however many chunks: a flood of six-byte chunks must not become a flood of objects.
     body = bytearray()
     # What is here already cannot be late, and a timer costs a tenth of all that the event loop does for a request.
-    whole = request.scope.get("state", {}).get(WHOLE, bool)()
+    whole = request.scope["state"].get(WHOLE, lambda: False)()
     try:
         async with nullcontext() if whole else until(deadline):
             async for chunk in request.stream():

@@ -26,8 +26,8 @@ CLEARLY_BETTER = 1.1
 # served on two cores, calls of one and of eight answer as many, and beside twice as many requests those of one more.
 WORTH_WAITING = 1.5
 # Few of those that wait anyway may share a call all the same: each call wakes a thread that needs the interpreter, with
-# which the event loop is busy. Of `sotto-edge@11`, served on two cores to 16 clients, calls of up to four answer a
-# twentieth to a seventh more than calls of one. Unless the graph itself is this much slower where clips share a call.
+# which the event loop is busy. Of `sotto-edge@11`, served on two cores to 16 clients, calls of up to four answer 3
+# to 15 % more than calls of one. Unless the graph itself is this much slower where clips share a call.
 FEW = 4
 SLOWER_TOGETHER = 0.8
 

@@ -28,6 +28,14 @@ def test_callers_that_leave_the_event_loop_no_core_begin_late(
     assert standby(callers, intra_op, cpus) == late
 
 
+class Graph:
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+
+    def run(self, *_: object) -> None:
+        pass
+
+
 def test_one_cpu_needs_no_probe() -> None:
     chosen = choose_threads(b"no graph", 1)
     assert (chosen.callers, chosen.intra_op, chosen.rates) == (1, 1, {})
@@ -48,13 +56,6 @@ def test_calls_run_side_by_side_unless_another_way_is_clearly_better(
 ) -> None:
     rates = {(4, 1): 100.0, (1, 1): alone, (1, 4): one_of_all}
 
-    class Graph:
-        def __init__(self, threads: int) -> None:
-            self.threads = threads
-
-        def run(self, *_: object) -> None:
-            pass
-
     monkeypatch.setattr(probe, "open_clips", lambda _, threads: Graph(threads))
     monkeypatch.setattr(probe, "calls_per_s", lambda graph, _, callers, __: rates[callers, graph.threads])
     found = choose_threads(b"a graph", 4)
@@ -69,16 +70,12 @@ def test_clips_share_a_call_where_that_is_worth_waiting_for(
     rates = {1: 100.0, 8: calls_of_eight}
     asked: list[tuple[int, int]] = []
 
-    class Graph:
-        def run(self, *_: object) -> None:
-            pass
-
     def calls_per_s(_: object, feeds: probe.Feeds, callers: int, __: float) -> float:
         count = len(feeds["waveform"])
         asked.append((count, callers))
         return rates[count]
 
-    monkeypatch.setattr(probe, "open_clips", lambda *_, **__: Graph())
+    monkeypatch.setattr(probe, "open_clips", lambda *_, **__: Graph(1))
     monkeypatch.setattr(probe, "calls_per_s", calls_per_s)
     assert clips_a_call(b"a graph", Threads(4, 1, {}), 8) == chosen
     # In turns, so that what slows the machine slows both.
@@ -86,11 +83,7 @@ def test_clips_share_a_call_where_that_is_worth_waiting_for(
 
 
 def test_few_share_a_call_only_where_so_many_may(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Graph:
-        def run(self, *_: object) -> None:
-            pass
-
-    monkeypatch.setattr(probe, "open_clips", lambda *_, **__: Graph())
+    monkeypatch.setattr(probe, "open_clips", lambda *_, **__: Graph(1))
     # As many clips a second, however many share a call.
     monkeypatch.setattr(probe, "calls_per_s", lambda _, feeds, *__: 100.0 / len(feeds["waveform"]))
     assert clips_a_call(b"a graph", Threads(4, 1, {}), 2) == 2
