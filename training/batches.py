@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -252,6 +253,18 @@ class BatchSource(Dataset[Batch]):
         shift = offset / SAMPLE_RATE_HZ
         shifted = (word_s[0] + shift, word_s[1] + shift) if whole else (0.0, 0.0)
         return _Crop(crop, crop, len(samples) if alone else size, shifted, whole, begin, offset, speed)
+
+
+@contextmanager
+def cores_for(workers: int) -> Iterator[None]:
+    """Leaves a core to each process that prepares batches: on two of them a step of `sotto-micro` took 0.25 s with two
+    threads of torch beside one such process, and 0.22 s with one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before - workers))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def batches(source: BatchSource, first_step: int, last_step: int, *, workers: int) -> Iterator[Batch]:

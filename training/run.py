@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from training.audio_cache import SAMPLE_RATE_HZ, AudioCache
-from training.batches import NO_SPEAKER, Batch, BatchSource, batches
+from training.batches import NO_SPEAKER, Batch, BatchSource, batches, cores_for
 from training.beginning import begun, check_same_people, meet
 from training.beside import check_beside
 from training.checkpoint import restore, save, update_average
@@ -144,7 +144,7 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, *, stop_after: int |
     done = restore(folder, student, heads, optimizer, average)
     last = min(recipe.schedule.steps, stop_after or recipe.schedule.steps)
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done)
-    with training_progress() as progress:
+    with training_progress() as progress, cores_for(recipe.schedule.workers):
         bar = progress.add_task(recipe.name, total=recipe.schedule.steps, completed=done, loss="")
         stream = batches(source, done, last, workers=recipe.schedule.workers)
         for step, batch in enumerate(stream, start=done):

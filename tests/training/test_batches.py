@@ -13,7 +13,7 @@ import torch
 from tests.conftest import SAMPLE_RATE_HZ, Samples
 from training.audio_cache import AudioCache
 from training.augment import AugmentRecipe
-from training.batches import NO_SPEAKER, Batch, BatchSource, SamplingRecipe, batches
+from training.batches import NO_SPEAKER, Batch, BatchSource, SamplingRecipe, batches, cores_for
 from training.manifest import Clip, Data
 
 UNTOUCHED = AugmentRecipe(speeds=(1.0,), p_noise=0, p_room=0, p_narrowband=0, p_telephone=0, level_dbfs=(-20.0, -20.0))
@@ -261,3 +261,15 @@ def test_untranscribed_speech_speaks_about_other_languages_only() -> None:
 def test_untranscribed_speech_is_certain_about_rare_words() -> None:
     wake = replace(BASE, corpus="wake", keyword="hey computer")
     assert possible(BASE, wake, certain=("wake",)) == ["ar:no", "en:hey computer"]
+
+
+@pytest.mark.parametrize(("threads", "workers", "left"), [(2, 1, 1), (1, 1, 1), (2, 0, 2)])
+def test_a_process_that_prepares_batches_has_a_core(threads: int, workers: int, left: int) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        with cores_for(workers):
+            assert torch.get_num_threads() == left
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)

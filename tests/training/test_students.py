@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from training.students.edge import Edge, EdgeOutputs, EdgeShape
+from training.students.edge import CLIPS_AT_A_TIME, Depthwise, Edge, EdgeOutputs, EdgeShape
 from training.students.frontend import CENTRE, FLOOR, HOP, SPREAD, LogMel, mel_filters
 
 SMALL = EdgeShape(
@@ -156,3 +156,34 @@ def test_speakers_teach_the_layers_before_their_branch(
     found = {name.split(".")[0] for name, value in network.named_parameters() if value.grad is not None}
     own = {"to_speaker", "speaker", "pool", "speaker_head", *(["speaker_stem", "speaker_early"] if not reached else [])}
     assert found == reached | own
+
+
+@pytest.mark.parametrize("count", [1, CLIPS_AT_A_TIME, CLIPS_AT_A_TIME + 3])
+def test_training_hears_the_features_that_serving_does(count: int) -> None:
+    torch.manual_seed(3)
+    network = Edge(5, EdgeShape(mels=16, stem_channels=9, early_width=8, shared_width=8, task_width=8, speaker_dim=0))
+    waveform, heard = torch.randn(count, 4_321) * 0.1, []
+
+    def hear(features: Tensor) -> Tensor:
+        heard.append(features)
+        return features
+
+    for training in (True, False):
+        network.train(training)(waveform, torch.full((count,), 4_321), hear)
+    torch.testing.assert_close(*heard, rtol=0, atol=1e-5)
+
+
+def test_a_depthwise_convolution_computes_in_float32_where_the_rest_does_not() -> None:
+    torch.manual_seed(4)
+    layer = Depthwise(8, 8, (1, 5), groups=8, bias=False)
+    x = torch.randn(3, 8, 1, 20).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)
+        found.float().sum().backward()
+    assert found.dtype == torch.bfloat16
+    whole = torch.nn.functional.conv2d(x.float(), layer.weight, groups=8)
+    assert torch.equal(found, whole.bfloat16())
+    # Of bfloat16 gradients there would be 8 bits.
+    taps = torch.stack([x.float()[:, :, 0, tap : tap + 16].sum(dim=(0, 2)) for tap in range(5)], dim=1)
+    assert layer.weight.grad is not None
+    torch.testing.assert_close(layer.weight.grad[:, 0, 0], taps, rtol=1e-4, atol=1e-4)
