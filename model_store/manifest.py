@@ -160,8 +160,6 @@ class Lineage(_Strict):
     data: dict[str, str]
     git_revision: str
     seed: int
-    # NAME@VERSION whose weights these are, where its graphs alone were made anew.
-    weights_of: str | None = None
 
 
 class Manifest(_Strict):

@@ -21,10 +21,6 @@ from training.manifest import Clip, Data
 
 CARD = "MODEL_CARD.md"
 ABOUT = Path(__file__).parent / "about"
-AGAIN = """The weights are those of `{of}`, and its graphs were made anew: `.venv-dev/bin/sotto export {of} --name {name}`,
-then as above from there on.
-
-"""
 UNSAID = "Nobody has written down what this model is for and where it fails (`sotto evaluate --about FILE`)."
 
 
@@ -62,7 +58,6 @@ def card(manifest: Manifest, report: Report, data: Data, about: str = "") -> str
         calibration=_calibration(manifest),
         data="\n".join(_corpora(trained_on)),
         rebuild="\n".join(f"    {line}" for line in rebuild(manifest.name, lineage.recipe, manifest.graph)),
-        again="" if lineage.weights_of is None else AGAIN.format(name=manifest.name, of=lineage.weights_of),
         recipe_digest=lineage.recipe_digest,
         revision=lineage.git_revision,
         seed=lineage.seed,
@@ -168,5 +163,5 @@ This bundle: {licence}.
 
 {rebuild}
 
-{again}Seed {seed}, code at {revision}, recipe {recipe_digest}, manifest.csv {manifest_digest}, audio {audio_digest}.
+Seed {seed}, code at {revision}, recipe {recipe_digest}, manifest.csv {manifest_digest}, audio {audio_digest}.
 """

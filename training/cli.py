@@ -135,24 +135,17 @@ def finetune(
 
 @app.command()
 def export(
-    run: Annotated[str, typer.Argument(help="Folder of a finished run, or NAME@VERSION of a built-in bundle.")],
-    out: Annotated[Path | None, typer.Option(help="Draft bundle; default RUN/bundle, or runs/NAME@VERSION.")] = None,
+    run: Path,
+    out: Annotated[Path | None, typer.Option(help="Draft bundle; default RUN/bundle.")] = None,
     name: Annotated[str, typer.Option(help="Name of the model.")] = "sotto-edge",
     data: DataRoot = None,
 ) -> None:
-    """Turn a finished RUN into a draft bundle, after checking the graph against the network. Of a built-in bundle the
-    weights stay, and the graphs are made anew."""
+    """Turn a finished RUN into a draft bundle, after checking the graph against the network."""
     from training.export import export as export_run
-    from training.export import export_again
 
     with told():
-        if "@" in run and not Path(run).exists():
-            out = out or Path("runs") / run
-            manifest = export_again(run, out, name=name, data_root=data)
-        else:
-            out = out or Path(run) / "bundle"
-            manifest = export_run(Path(run), out, name=name, data_root=data)
-    console.print(f"{out}: {manifest.graph.parameters} parameters")
+        manifest = export_run(run, out or run / "bundle", name=name, data_root=data)
+    console.print(f"{out or run / 'bundle'}: {manifest.graph.parameters} parameters")
 
 
 @app.command()

@@ -38,7 +38,7 @@ from model_store.streaming import StreamingGraph
 from training.alignment import loudest_speech
 from training.audio_cache import SAMPLE_RATE_HZ, decode
 from training.errors import ExportError
-from training.finished import Finished, open_published, open_run, origin
+from training.finished import Finished, open_run, origin
 from training.layout import in_two_dimensions, keep_blocked
 from training.manifest import Clip, labels_of
 from training.students.edge import FRAME_HOP, FRAME_STRIDE, STEM_STRIDE, Edge, is_convolutional
@@ -85,16 +85,7 @@ def export(
 ) -> Manifest:
     """Write the draft bundle into `out` and return its manifest; the cohort has so many clips of each speaker. Raises
     RunError, ExportError."""
-    return _export(open_run(run_folder), out, name=name, data_root=data_root, cohort_clips=cohort_clips)
-
-
-def export_again(reference: str, out: Path, *, name: str, data_root: Path | None = None) -> Manifest:
-    """The same of the weights of a built-in bundle, NAME@VERSION, for what has been learnt of graphs since. Raises
-    TeacherError, RunError, ExportError."""
-    return _export(open_published(reference), out, name=name, data_root=data_root, cohort_clips=COHORT_CLIPS)
-
-
-def _export(finished: Finished, out: Path, *, name: str, data_root: Path | None, cohort_clips: int) -> Manifest:
+    finished = open_run(run_folder)
     source = origin(finished.lineage.recipe)
     data = source.read(data_root)
     network = finished.network

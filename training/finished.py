@@ -9,20 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from pydantic import ValidationError
 from torch import nn
 
-from model_store import Lineage, golden
-from model_store.graph import outputs_of
+from model_store import Lineage
 from training.audio_cache import SAMPLE_RATE_HZ
-from training.beginning import begin_with_bundle, reference_of
 from training.errors import RunError
 from training.manifest import Clip, Data, read_data
-from training.objectives.soft_targets import teaching_bundle
 from training.recipe import Recipe
 from training.run import chosen, load_student
-from training.students.edge import FRAME_HOP, Edge
+from training.students.edge import FRAME_HOP
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,28 +60,6 @@ def open_run(folder: Path) -> Finished:
     return _finetuned(folder, run)
 
 
-def open_published(reference: str) -> Finished:
-    """The network of a built-in bundle, NAME@VERSION, once it has given the golden clip what the bundle gives. Raises
-    TeacherError where there is none, RunError where its graph does not hold all of a network, StoreError."""
-    bundle = teaching_bundle(reference)
-    manifest = bundle.manifest
-    try:
-        recipe = Recipe.model_validate(manifest.lineage.recipe)
-    except ValidationError as error:
-        raise RunError(f"{reference_of(bundle)} was not made by `sotto train`") from error
-    if recipe.shape.trunk is not None:
-        raise RunError(f"{reference_of(bundle)} stands on a trunk, whose weights its graph holds otherwise")
-    labels = [keyword.label for keyword in manifest.keywords.labels]
-    student = Edge(1 + len(labels), recipe.shape).eval()
-    begin_with_bundle(student, bundle, labels)
-    waveform, expected = golden.unpack(bundle.read(manifest.golden_file), outputs_of(manifest))
-    with torch.no_grad():
-        out = student(torch.from_numpy(waveform)[None], torch.tensor([len(waveform)]))
-    for name, wanted in expected.items():
-        golden.compare(f"{name} of {reference_of(bundle)}'s golden clip", wanted, getattr(out, name)[0].numpy())
-    return _of_student(student, labels, manifest.lineage.model_copy(update={"weights_of": reference_of(bundle)}))
-
-
 def read_run(folder: Path) -> dict[str, Any]:
     """What a run folder says was run. Raises RunError."""
     path = folder / "run.json"
@@ -122,21 +95,16 @@ def origin(recipe: dict[str, Any]) -> Origin:
 
 def _trained(folder: Path) -> Finished:
     student, run = load_student(folder)
-    lineage = Lineage(
-        recipe=run["recipe"],
-        recipe_digest=run["recipe_digest"],
-        data=run["data"],
-        git_revision=run["git_revision"],
-        seed=run["seed"],
-    )
-    return _of_student(student, run["labels"], lineage)
-
-
-def _of_student(student: Edge, labels: list[str], lineage: Lineage) -> Finished:
     return Finished(
         network=student,
-        labels=labels,
-        lineage=lineage,
+        labels=run["labels"],
+        lineage=Lineage(
+            recipe=run["recipe"],
+            recipe_digest=run["recipe_digest"],
+            data=run["data"],
+            git_revision=run["git_revision"],
+            seed=run["seed"],
+        ),
         frame_hop_s=FRAME_HOP / SAMPLE_RATE_HZ,
         speaker_dim=student.shape.speaker_dim,
         embedding_dim=student.shape.embedding_dim,

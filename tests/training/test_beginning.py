@@ -10,15 +10,13 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from model_store import LocalStore, golden
+from model_store import LocalStore
 from tests.training.conftest import TinyRun
 from training.batches import Batch
 from training.beginning import begin_with_bundle, check_same_people, meet
-from training.card import card
 from training.compact import compact
-from training.errors import RunError, TeacherError
-from training.evaluation.report import Report
-from training.export import export, export_again
+from training.errors import RunError
+from training.export import export
 from training.manifest import digest_tables, labels_of, read_data
 from training.objectives import soft_targets
 from training.objectives.soft_targets import teaching_bundle
@@ -228,26 +226,3 @@ def test_only_keywords_can_learn_beside_a_branch_that_parts_at_the_features(
     least = {"name": "x", "data": {"root": "data"}, "schedule": {"steps": 10, "batch_size": 4}, "only": "keywords"}
     with pytest.raises(ValidationError, match=message):
         Recipe.model_validate({**least, **changes})
-
-
-def test_its_graphs_can_be_made_anew(published: str, parted: TinyRun, tmp_path: Path) -> None:
-    before = teaching_bundle(published)
-    manifest = export_again(published, tmp_path / "again", name="parted")
-    assert manifest.version == 0
-    assert manifest.lineage == before.manifest.lineage.model_copy(update={"weights_of": "parted@1"})
-    assert manifest.graph.parameters == before.manifest.graph.parameters
-    clip, outputs = golden.unpack(before.read(before.manifest.golden_file))
-    _, again = golden.unpack((tmp_path / "again" / manifest.golden_file).read_bytes())
-    assert len(clip) > 0
-    for name, values in outputs.items():
-        golden.compare(name, values, again[name])
-    text = card(manifest, Report("parted@0", "dev", "sotto evaluate x", []), read_data(parted.recipe.data.root))
-    assert "The weights are those of `parted@1`, and its graphs were made anew" in text
-
-
-def test_graphs_of_what_is_not_all_of_a_network_are_not_made_anew(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="sotto-base@1 stands on a trunk"):
-        export_again("sotto-base@1", tmp_path / "base", name="sotto-base")
-    with pytest.raises(TeacherError, match="no-such@1 is not in the built-in store"):
-        export_again("no-such@1", tmp_path / "none", name="none")
-    assert not (tmp_path / "base").exists()

@@ -261,7 +261,7 @@ class Edge(nn.Module):
         """In training by a few clips at a time, whose frames a processor's cache holds."""
         if not self.training:
             return self.features(waveform)  # type: ignore[no-any-return]
-        return torch.cat([self.features(part) for part in waveform.split(CLIPS_AT_A_TIME)])
+        return torch.cat([self.features(part) for part in torch.split(waveform, CLIPS_AT_A_TIME)])
 
     def forward(
         self,
