@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -122,7 +123,8 @@ def moves(setting: Setting) -> list[str]:
         stop.set()
         asking.join()
     requests = sum(sum(result.statuses.values()) for result in found)
-    failures = sum(result.failures for result in found)
+    failures = sum((Counter(result.statuses) for result in found), Counter[str]())
+    del failures["200"]
     # Whether the old network is gone when one looks is chance; a tenth's median is not.
     tenths = [median(each) for each in np.array_split(resident, 10)]
     return [
@@ -130,9 +132,15 @@ def moves(setting: Setting) -> list[str]:
         "",
         f"{setting.moves} moves of the alias under load, {took_s / setting.moves:.2f} s each: {requests} requests "
         "meanwhile, "
-        f"{failures} failed. Resident, MB, the median of each tenth of the moves: "
+        f"{failures.total()} failed{_named(failures)}. Resident, MB, the median of each tenth of the moves: "
         f"{', '.join(f'{size:.0f}' for size in tenths)}; {max(resident):.0f} at most.",
     ]
+
+
+def _named(failures: Counter[str]) -> str:
+    """What they were: -1 is a connection that broke."""
+    counts = ", ".join(f"{status} {count} times" for status, count in failures.items())
+    return f" ({counts})" if counts else ""
 
 
 def soak(setting: Setting) -> list[str]:

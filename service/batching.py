@@ -114,6 +114,7 @@ class Batcher(Generic[Item, Result]):
         # When an idle worker looks again by itself.
         self._looks_at = float("inf")
         self._seconds_per_size: dict[Hashable, float] = {}
+        self._forgotten_rate = 0.0
         self._closing = False
         self._workers: list[_Worker[Item, Result]] = []
         self._stuck: list[_Worker[Item, Result]] = []
@@ -224,7 +225,7 @@ class Batcher(Generic[Item, Result]):
 
     def _rate(self, group: Hashable) -> float:
         """Seconds of work for each unit of size; of a group that was never run, as of the slowest."""
-        return self._seconds_per_size.get(group, max(self._seconds_per_size.values(), default=0.0))
+        return self._seconds_per_size.get(group, max(self._seconds_per_size.values(), default=self._forgotten_rate))
 
     def _start_worker(self) -> None:
         worker = _Worker[Item, Result]()
@@ -353,8 +354,10 @@ class Batcher(Generic[Item, Result]):
             self._seconds_per_size[group] = known + weight * (min(rate, SLOWEST_RATIO * known) - known)
 
     def forget(self, gone: Callable[[Hashable], bool]) -> None:
-        """Drop what was learnt of groups that will not come back."""
+        """Drop what was learnt of groups that will not come back. It still bounds what the first call of the next one
+        can teach, which may be one that a stall of the machine held up."""
         with self._wake:
+            self._forgotten_rate = self._rate(None)
             self._seconds_per_size = {group: rate for group, rate in self._seconds_per_size.items() if not gone(group)}
 
     def _withdraw(self, entry: Entry[Item, Result]) -> None:

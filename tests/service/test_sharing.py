@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import time
 
 import pytest
 
@@ -72,3 +73,26 @@ def test_an_item_that_goes_alone_waits_for_no_one_on_standby() -> None:
         return gate.calls
 
     assert asyncio.run(asyncio.wait_for(main(), 20)) == [[1.0], [1.1]]
+
+
+def test_a_stall_in_the_first_call_after_a_move_turns_nobody_away() -> None:
+    takes_s = 0.01
+
+    def call(items: list[float]) -> list[float]:
+        time.sleep(takes_s)
+        return [item * 10 for item in items]
+
+    async def main() -> list[float]:
+        nonlocal takes_s
+        with batcher(call) as (made, _):
+            await submit(made, 1.0, group="before")
+            made.forget(lambda group: group == "before")
+            takes_s = 0.5
+            await submit(made, 1.0, group="after")
+            takes_s = 0.05
+            running = submit(made, 1.0, group="after")
+            await asyncio.sleep(0.02)
+            # By what the stall took, four that share a call would take two seconds.
+            return await asyncio.gather(running, submit(made, 1.0, time.monotonic() + 1.0, group="after"))
+
+    assert asyncio.run(asyncio.wait_for(main(), 20)) == [10.0, 10.0]
