@@ -138,7 +138,7 @@ def moves(setting: Setting) -> list[str]:
 
 
 def _named(failures: Counter[str]) -> str:
-    """What they were: -1 is a connection that broke."""
+    """By status; -1 is a connection that broke."""
     counts = ", ".join(f"{status} {count} times" for status, count in failures.items())
     return f" ({counts})" if counts else ""
 
@@ -161,6 +161,8 @@ def soak(setting: Setting) -> list[str]:
         found = load(server, files, rate=rate, measure_s=setting.soak_s)
         stop.set()
         watching.join()
+    failures = Counter(found.statuses)
+    del failures["200"]
     early = median(size for at, size in curve if at < 0.1 * setting.soak_s)
     late = median(size for at, size in curve if at > 0.9 * setting.soak_s)
     _plot_memory(curve, setting.plots / "memory.png")
@@ -169,8 +171,8 @@ def soak(setting: Setting) -> list[str]:
         "",
         f"{setting.soak_s / 60:.0f} minutes of clips of 0.5 to 15 s at {rate:.0f}/s, six tenths of what was possible "
         f"at the start on {CPUS} core{'s' * (CPUS > 1)}: {early:.0f} MB resident in the first tenth, {late:.0f} MB in "
-        f"the last, {late / early - 1:+.1%} (bar: within 3 %); {found.failures} failures of "
-        f"{sum(found.statuses.values())}.",
+        f"the last, {late / early - 1:+.1%} (bar: within 3 %); {failures.total()} failures of "
+        f"{sum(found.statuses.values())}{_named(failures)}.",
         "",
         "![resident memory](memory.png)",
     ]
