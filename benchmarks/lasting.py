@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -123,8 +123,6 @@ def moves(setting: Setting) -> list[str]:
         stop.set()
         asking.join()
     requests = sum(sum(result.statuses.values()) for result in found)
-    failures = sum((Counter(result.statuses) for result in found), Counter[str]())
-    del failures["200"]
     # Whether the old network is gone when one looks is chance; a tenth's median is not.
     tenths = [median(each) for each in np.array_split(resident, 10)]
     return [
@@ -132,15 +130,17 @@ def moves(setting: Setting) -> list[str]:
         "",
         f"{setting.moves} moves of the alias under load, {took_s / setting.moves:.2f} s each: {requests} requests "
         "meanwhile, "
-        f"{failures.total()} failed{_named(failures)}. Resident, MB, the median of each tenth of the moves: "
+        f"{_failures(found, 'failed')}. Resident, MB, the median of each tenth of the moves: "
         f"{', '.join(f'{size:.0f}' for size in tenths)}; {max(resident):.0f} at most.",
     ]
 
 
-def _named(failures: Counter[str]) -> str:
-    """By status; -1 is a connection that broke."""
-    counts = ", ".join(f"{status} {count} times" for status, count in failures.items())
-    return f" ({counts})" if counts else ""
+def _failures(results: Iterable[Result], word: str) -> str:
+    """How many, and what they were answered: -1 is a connection that broke."""
+    statuses = sum((Counter(result.statuses) for result in results), Counter[str]())
+    del statuses["200"]
+    counts = ", ".join(f"{status} {count} times" for status, count in statuses.items())
+    return f"{statuses.total()} {word}" + (f" ({counts})" if counts else "")
 
 
 def soak(setting: Setting) -> list[str]:
@@ -161,8 +161,6 @@ def soak(setting: Setting) -> list[str]:
         found = load(server, files, rate=rate, measure_s=setting.soak_s)
         stop.set()
         watching.join()
-    failures = Counter(found.statuses)
-    del failures["200"]
     early = median(size for at, size in curve if at < 0.1 * setting.soak_s)
     late = median(size for at, size in curve if at > 0.9 * setting.soak_s)
     _plot_memory(curve, setting.plots / "memory.png")
@@ -171,8 +169,8 @@ def soak(setting: Setting) -> list[str]:
         "",
         f"{setting.soak_s / 60:.0f} minutes of clips of 0.5 to 15 s at {rate:.0f}/s, six tenths of what was possible "
         f"at the start on {CPUS} core{'s' * (CPUS > 1)}: {early:.0f} MB resident in the first tenth, {late:.0f} MB in "
-        f"the last, {late / early - 1:+.1%} (bar: within 3 %); {failures.total()} failures of "
-        f"{sum(found.statuses.values())}{_named(failures)}.",
+        f"the last, {late / early - 1:+.1%} (bar: within 3 %); of "
+        f"{sum(found.statuses.values())} requests {_failures([found], 'failed')}.",
         "",
         "![resident memory](memory.png)",
     ]

@@ -357,7 +357,7 @@ class Batcher(Generic[Item, Result]):
         """Drop what was learnt of groups that will not come back. It still bounds what the first call of the next one
         can teach, which may be one that a stall of the machine held up."""
         with self._wake:
-            self._forgotten_rate = self._rate(None)
+            self._forgotten_rate = max(self._seconds_per_size.values(), default=self._forgotten_rate)
             self._seconds_per_size = {group: rate for group, rate in self._seconds_per_size.items() if not gone(group)}
 
     def _withdraw(self, entry: Entry[Item, Result]) -> None:

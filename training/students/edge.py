@@ -260,9 +260,10 @@ class Edge(nn.Module):
 
     def _features(self, waveform: Tensor) -> Tensor:
         """Of all clips; where it trains, of a few at a time. The graph has no such parts."""
-        if not self.training:
-            return self.features(waveform)  # type: ignore[no-any-return]
-        return torch.cat([self.features(part) for part in torch.split(waveform, CLIPS_AT_A_TIME)])
+        if self.training:
+            return torch.cat([self.features(part) for part in torch.split(waveform, CLIPS_AT_A_TIME)])
+        features: Tensor = self.features(waveform)
+        return features
 
     def forward(
         self,
