@@ -24,6 +24,7 @@ MEASURES: dict[str, Callable[[Setting], list[str]]] = {
     "idle": measures.idle,
     "mixed": measures.mixed,
     "streams": measures.streams,
+    "small": measures.small,
     "start": measures.start,
     "identify": identification.identify,
     "overload": lasting.overload,

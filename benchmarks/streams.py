@@ -1,9 +1,9 @@
 """Many microphones at once: `python -m benchmarks.streams PORT FILE --streams N` prints delays as JSON.
 
 Raw WebSocket frames over asyncio's transports, so that hundreds of streams take little of the cores they share. Each
-stream sends 125 ms of audio every 125 ms and, once a second, a ping after a piece that completes a window; the server
-handles a stream's messages in order, so the pong says that everything the audio completed has been told. The delay is
-from the audio to the pong.
+stream sends 125 ms of audio every 125 ms (`--piece-s`) and, once a second, a ping after a piece that completes a
+window; the server handles a stream's messages in order, so the pong says that everything the audio completed has been
+told. The delay is from the audio to the pong.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import soxr
+import uvloop
+
+from benchmarks.load import until
 
 RATE_HZ = 16_000
-# Two make a hop of the service's, so that every ping follows a piece that has it compute. Not every such piece has one,
-# or pings would be a third of all messages, and no microphone sends them.
 PIECE_S = 0.125
-PIECES_A_PING = 8
+# Whole hops of the service's, so that every ping follows a piece that has it compute. Not every such piece has one,
+# or pings would be a third of all messages, and no microphone sends them.
+PING_EVERY_S = 1.0
 MASK = bytes(4)  # of zeros: the payload goes as it is
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="
 
@@ -42,8 +45,8 @@ PING = frame(1, b'{"type": "ping"}')
 class Microphone(asyncio.Protocol):
     """One stream, looping over `audio` from a place of its own."""
 
-    def __init__(self, audio: bytes, offset: int, begin: float, end: float) -> None:
-        self._audio, self._place = audio, offset
+    def __init__(self, audio: bytes, offset: int, piece_s: float, begin: float, end: float) -> None:
+        self._audio, self._place, self._piece_s = audio, offset, piece_s
         self._begin, self._end = begin, end
         self._sent: deque[float] = deque()
         self._received = b""
@@ -93,30 +96,32 @@ class Microphone(asyncio.Protocol):
     @property
     def unanswered(self) -> list[float]:
         """When what waits for its pong was sent; what went out a moment before the end is not counted."""
-        return [sent for sent in self._sent if sent < self._end - PIECE_S]
+        return [sent for sent in self._sent if sent < self._end - self._piece_s]
 
     async def speak(self) -> None:
         if not await self.opened:
             self.lost = True
             return
-        size = int(PIECE_S * RATE_HZ) * 2
+        size, pieces_a_ping = int(self._piece_s * RATE_HZ) * 2, round(PING_EVERY_S / self._piece_s)
         due, number = time.perf_counter(), 0
         while due < self._end and not self.lost:
-            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+            await until(due)
             if self._place + size > len(self._audio):
                 self._place = 0
             message = frame(2, self._audio[self._place : self._place + size])
             self._place += size
-            if number % PIECES_A_PING == PIECES_A_PING - 1:
+            if number % pieces_a_ping == pieces_a_ping - 1:
                 self._sent.append(time.perf_counter())
                 message += PING
             self._transport.write(message)
-            number, due = number + 1, due + PIECE_S
+            number, due = number + 1, due + self._piece_s
         self._done = not self.lost
         self._transport.close()
 
 
-async def run(port: int, audio: bytes, streams: int, warm_up_s: float, measure_s: float) -> dict[str, float]:
+async def run(
+    port: int, audio: bytes, streams: int, piece_s: float, warm_up_s: float, measure_s: float
+) -> dict[str, float]:
     """p50 and p99 of the delay in milliseconds, and what was lost."""
     loop = asyncio.get_running_loop()
     # They open spread over the warm-up's first half, as people do not speak in step.
@@ -128,7 +133,9 @@ async def run(port: int, audio: bytes, streams: int, warm_up_s: float, measure_s
     async def one() -> None:
         await asyncio.sleep(float(rng.uniform(0, warm_up_s / 2)))
         offset = int(rng.integers(len(audio) // 2)) * 2
-        _, microphone = await loop.create_connection(lambda: Microphone(audio, offset, begin, end), "127.0.0.1", port)
+        _, microphone = await loop.create_connection(
+            lambda: Microphone(audio, offset, piece_s, begin, end), "127.0.0.1", port
+        )
         microphones.append(microphone)
         await microphone.speak()
 
@@ -157,12 +164,13 @@ def main() -> None:
     parser.add_argument("port", type=int)
     parser.add_argument("file", type=Path)
     parser.add_argument("--streams", type=int, default=100)
+    parser.add_argument("--piece-s", type=float, default=PIECE_S)
     parser.add_argument("--warm-up-s", type=float, default=WARM_UP_S)
     parser.add_argument("--measure-s", type=float, default=MEASURE_S)
     given = parser.parse_args()
     samples, rate_hz = soundfile.read(given.file, dtype="float32")
     audio = (soxr.resample(samples, rate_hz, RATE_HZ).clip(-1, 1) * 32767).astype("<i2").tobytes()
-    result = asyncio.run(run(given.port, audio, given.streams, given.warm_up_s, given.measure_s))
+    result = uvloop.run(run(given.port, audio, given.streams, given.piece_s, given.warm_up_s, given.measure_s))
     print(json.dumps(result))  # noqa: T201  the output is the interface
 
 

@@ -40,8 +40,9 @@ class Pacing:
             self.due = max(self.due, now + rest_s)
         return rest_s
 
-    def came(self, audio_s: float, now: float, *, waited: bool) -> None:
-        """A message with so much audio is read; `waited` where it was not there yet."""
+    def came(self, audio_s: float, now: float, *, waited: bool, messages: int = 1) -> None:
+        """A message with so much audio is read, or `messages` of them; `waited` where it, or the last, was not there
+        yet."""
         self._audio_s += audio_s
-        self._messages += 1
+        self._messages += messages
         self.due = now if waited else min(now, self.due + audio_s)

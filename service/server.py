@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,6 +30,9 @@ OTHER_FILES = 256
 # Objects made and not freed after which Python looks for cycles among them. By default 700: that is every few requests,
 # and a sixth of the event loop's time where thousands are open.
 YOUNG_OBJECTS = 10_000
+# A thread that wants the interpreter asks whoever has it to let go after so long; by default 5 ms, as much as several
+# graph calls, for which a worker's core is idle while the event loop is busy.
+SWITCH_S = 0.001
 
 # What they heard is computed and told, in far less.
 STREAMS_END_S = 2.0
@@ -64,6 +68,7 @@ class Server(uvicorn.Server):
         gc.freeze()
         gc.set_threshold(YOUNG_OBJECTS)
         gc.enable()
+        sys.setswitchinterval(SWITCH_S)
         kind: type[BoundedHttp] = self.config.http_protocol_class  # type: ignore[assignment]  # `run` chose it
 
         def protocol() -> BoundedHttp:

@@ -43,6 +43,7 @@ from service.routes.keywords import KeywordsParameter, ThresholdParameter, allow
 from service.runtime import Runtime, together
 from service.streaming import FrameStream, Pace, Piece, Spotter, Window, WindowStream
 from service.timing import StageClock
+from service.websocket import GATHERING, Gathering
 
 log = logging.getLogger(__name__)
 router = APIRouter(prefix="/v1/keywords", tags=["keywords"])
@@ -106,6 +107,8 @@ class _Stream:
             self._keywords = WindowStream(info, pace, spotter, shortest_s=shortest_s)
         else:
             self._keywords = FrameStream(info, pace, spotter, engine.streaming, shortest_s=shortest_s)
+        # What is too little to wake us for.
+        self._gathering: Gathering = websocket.scope["state"][GATHERING]  # `websocket.py` put it there
         # What is not taken for samples yet.
         self._unheard = bytearray()
         self._samples = 0
@@ -147,7 +150,9 @@ class _Stream:
 
     async def _end_when_idle(self, waiting: asyncio.Timeout, idle_s: float) -> None:
         while True:
-            idle_for_s = 0.0 if self._idle_since is None else time.monotonic() - self._idle_since
+            idle_for_s = 0.0
+            if self._idle_since is not None:
+                idle_for_s = time.monotonic() - max(self._idle_since, self._gathering.heard_at)
             if idle_for_s >= idle_s:
                 waiting.reschedule(asyncio.get_running_loop().time())
                 # Unless a message comes in this very turn of the loop: then it goes on.
@@ -168,7 +173,9 @@ class _Stream:
                 return
 
     async def _end(self) -> None:
-        rest = self._resample(self._heard(b"", last=True), last=True)
+        # What comes after an "end" is not heard.
+        unheard = self._gathering.take() if self._finishing else b""
+        rest = self._resample(self._heard(unheard, last=True), last=True)
         await self._spot([*self._keywords.push(rest), *self._keywords.flush()])
         await self._send({"type": "end", "duration_s": round(self._samples / self._rate_hz, 3)})
         await _close(self._websocket, self._runtime, RESTART if self._finishing else NORMAL)
@@ -191,11 +198,12 @@ class _Stream:
         self._idle_since, self._waited = time.monotonic(), False
         # Runs where the message is not there yet.
         noticing = asyncio.get_running_loop().call_soon(self._notice_waiting)
+        self._gathering.want(2 * self._least - len(self._unheard))
         message = await self._websocket.receive()
         noticing.cancel()
         self._idle_since = None
         audio_s = len(message.get("bytes") or b"") / (2 * self._rate_hz)
-        self._pacing.came(audio_s, time.monotonic(), waited=self._waited)
+        self._pacing.came(audio_s, time.monotonic(), waited=self._waited, messages=message.get("messages", 1))
         if message["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(message.get("code", NORMAL))
         if message.get("bytes") is not None:
@@ -211,13 +219,17 @@ class _Stream:
     def _notice_waiting(self) -> None:
         self._waited = True
 
+    @property
+    def _least(self) -> int:
+        """Fewer samples than so many complete nothing: a resampler gives no more than it was given."""
+        return max(1, self._keywords.missing * self._rate_hz // SAMPLE_RATE_HZ)
+
     def _heard(self, message: bytes, *, last: bool = False) -> Samples:
         """The samples that have come, once there are enough for something to be computed with them, or the last ones:
         fewer are not worth a look."""
         self._unheard += message
-        least = 1 if last or self._resampler is not None else self._keywords.missing
         count = len(self._unheard) // 2
-        if count < least:
+        if count < (1 if last else self._least):
             return np.zeros(0, dtype=np.float32)
         samples = pcm_samples(self._unheard, count=count)
         del self._unheard[: 2 * count]

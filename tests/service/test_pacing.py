@@ -71,3 +71,9 @@ def test_only_so_many_messages_are_read_a_second() -> None:
     for _ in range(MESSAGES_PER_S):
         pacing.came(0.0, 0.0, waited=False)
     assert pacing.rest_s(0.5) == 2.0 - 0.5 - BURST_S
+
+
+def test_messages_that_are_handed_on_together_count_each() -> None:
+    pacing = Pacing(0.0)
+    pacing.came(0.0, 0.0, waited=True, messages=2 * MESSAGES_PER_S)
+    assert pacing.rest_s(0.0) == pytest.approx(2.0 - BURST_S)

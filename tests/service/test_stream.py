@@ -220,16 +220,19 @@ def test_an_idle_stream_is_ended(tmp_path: Path, started: list[RunningService]) 
     assert (last["code"], connection.close_code) == ("stream_idle", 1008)
 
 
-def test_a_stream_with_a_sign_of_life_now_and_then_is_not_idle(tmp_path: Path, started: list[RunningService]) -> None:
+@pytest.mark.parametrize(("sign", "answers"), [('{"type": "ping"}', ["pong"] * 6), (bytes(2), [])])
+def test_a_stream_with_a_sign_of_life_now_and_then_is_not_idle(
+    tmp_path: Path, started: list[RunningService], sign: str | bytes, answers: list[str]
+) -> None:
     service = start_service(tmp_path, stream_idle_s="1.5")
     started.append(service)
     with connect(url(service)) as connection:
         for _ in range(6):
             time.sleep(0.5)
-            connection.send('{"type": "ping"}')
+            connection.send(sign)
         connection.send('{"type": "end"}')
         said = listen(connection)
-    assert [message["type"] for message in said] == ["ready", *["pong"] * 6, "end"]
+    assert [message["type"] for message in said] == ["ready", *answers, "end"]
 
 
 def test_a_stream_is_read_no_faster_than_people_speak(service: RunningService) -> None:
@@ -376,13 +379,17 @@ def test_a_service_that_stops_tells_what_was_said_and_ends_its_streams(
     service = start_service(tmp_path)
     started.append(service)
     audio = pcm(samples_of("computer.wav"))
-    with connect(url(service)) as talking, connect(url(service)) as silent:
+    with connect(url(service)) as talking, connect(url(service)) as silent, connect(url(service)) as brief:
         talking.send(audio)
         assert json.loads(talking.recv(timeout=PATIENCE_S))["type"] == "ready"
+        # Too little to wake anybody for, and there once what follows it is answered.
+        brief.send(bytes(640))
+        assert brief.ping().wait(PATIENCE_S)
         service.process.send_signal(signal.SIGTERM)
         *events, end = listen(talking)
         assert [event["keyword"] for event in events] == ["en:computer"]
         assert end == {"type": "end", "duration_s": pytest.approx(len(audio) / 32_000, abs=0.001)}
         assert [event["type"] for event in listen(silent)] == ["ready", "end"]
+        assert listen(brief)[-1] == {"type": "end", "duration_s": 0.02}
     assert (talking.close_code, silent.close_code) == (1012, 1012)
     assert service.process.wait(PATIENCE_S) == 0

@@ -33,6 +33,19 @@ def metric(service: RunningService, name: str) -> float:
     return float(line.rsplit(" ", 1)[1])
 
 
+def test_only_so_many_messages_a_second_are_heard_however_small(service: RunningService) -> None:
+    count = 2 * MESSAGES_PER_S
+    with connect(url(service)) as connection:
+        begin = time.monotonic()
+        for _ in range(count):
+            connection.send(bytes(2))
+        connection.send('{"type": "end"}')
+        messages = listen(connection)
+        took_s = time.monotonic() - begin
+    assert messages[-1] == {"type": "end", "duration_s": count / RATE_HZ}
+    assert took_s >= count / MESSAGES_PER_S - BURST_S - 0.1
+
+
 def test_only_so_many_messages_a_second_are_read(service: RunningService) -> None:
     count = 2 * MESSAGES_PER_S
     with connect(url(service)) as connection:
