@@ -51,6 +51,8 @@ T = TypeVar("T")
 DRAIN_RETRY_AFTER_S = 1.0
 LOADING_RETRY_AFTER_S = 2.0
 LAG_EVERY_S = 0.25
+# Of one graph call before the first request; larger ones find their memory when they come.
+MOST_WARMED = 16
 STREAM = "stream"
 # A stream's words are told a quarter of a second after them at best, so its steps may wait a little for those of
 # others: eight in one call cost less than half of eight calls.
@@ -317,7 +319,7 @@ class Runtime:
 
     def _load(self, bundle: Bundle) -> Engine:
         engine = Engine(bundle, intra_op_threads=self.intra_op_threads, provider=self.settings.provider)
-        engine.warm_up(min(self.settings.max_batch, 8))
+        engine.warm_up(min(self.settings.max_batch, MOST_WARMED))
         return engine
 
     def _choose_threads(self, cpus: int) -> int:

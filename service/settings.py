@@ -76,7 +76,7 @@ class Settings(BaseSettings):
     intra_op_threads: int = Field(default=0, ge=0, le=64, description="Threads in one call; 0: measured at start.")
     provider: Provider = Field(default="cpu", description="Where graphs run; `cuda` needs onnxruntime-gpu.")
     decode_threads: int = Field(default=0, ge=0, le=256, description="Concurrent decodes; 0: one a CPU.")
-    max_batch: int = Field(default=8, ge=1, le=256, description="Clips or streams in one graph call at most.")
+    max_batch: int = Field(default=16, ge=1, le=256, description="Clips or streams in one graph call at most.")
     clips_a_call: int = Field(
         default=0,
         ge=0,
