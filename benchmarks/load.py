@@ -121,7 +121,8 @@ class Connection:
             head = (await reader.readuntil(b"\r\n\r\n")).lower()
             length = int(head.split(b"content-length:")[1].split(b"\r\n")[0])
             await reader.readexactly(length)
-        except (OSError, asyncio.IncompleteReadError):
+        # uvloop's word for writing to what has broken.
+        except (OSError, RuntimeError, asyncio.IncompleteReadError):
             self.close()
             return -1, b""
         if b"connection: close" in head:

@@ -96,7 +96,7 @@ class Microphone(asyncio.Protocol):
     @property
     def unanswered(self) -> list[float]:
         """When what waits for its pong was sent; what went out a moment before the end is not counted."""
-        return [sent for sent in self._sent if sent < self._end - self._piece_s]
+        return [sent for sent in self._sent if sent < self._end - PIECE_S]
 
     async def speak(self) -> None:
         if not await self.opened:

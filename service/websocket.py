@@ -33,8 +33,9 @@ class Gathering:
         self._parts: list[bytes] = []
         self._bytes = 0
         self._least = 0
-        # When the latest came, on the monotonic clock.
+        # When the latest came, on the monotonic clock, and how often something was delivered.
         self.heard_at = float("-inf")
+        self.delivered = 0
 
     def add(self, data: bytes) -> None:
         """One message."""
@@ -56,6 +57,7 @@ class Gathering:
         """Deliver what there is, if anything."""
         if self._parts:
             count = len(self._parts)
+            self.delivered += 1
             self._deliver(self.take(), count)
 
     def take(self) -> bytes:

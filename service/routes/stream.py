@@ -107,11 +107,13 @@ class _Stream:
             self._keywords = WindowStream(info, pace, spotter, shortest_s=shortest_s)
         else:
             self._keywords = FrameStream(info, pace, spotter, engine.streaming, shortest_s=shortest_s)
-        # What is too little to wake us for.
-        self._gathering: Gathering = websocket.scope["state"][GATHERING]  # `websocket.py` put it there
+        # What is too little to wake us for; `websocket.py` puts it there. Under another server nothing is.
+        found = websocket.scope.get("state", {}).get(GATHERING)
+        self._gathering: Gathering = found or Gathering(lambda _data, _messages: None)
+        self._deliveries = 0
         # What is not taken for samples yet.
         self._unheard = bytearray()
-        self._samples = 0
+        self._samples = self._resampled = 0
         self._pacing = Pacing(time.monotonic())
         # While the next message is waited for.
         self._idle_since: float | None = None
@@ -119,7 +121,7 @@ class _Stream:
         # While nothing is under way that an end would tear apart: also where the next message is not read yet.
         self._resting = False
         self._waited = False
-        self._finishing = False
+        self._finishing = self._ended = False
 
     def finish(self) -> None:
         """Tell what was heard and end, as the service does."""
@@ -170,11 +172,13 @@ class _Stream:
             elif message == "ping":
                 await self._send({"type": "pong"})
             else:
+                self._ended = True
                 return
 
     async def _end(self) -> None:
-        # What comes after an "end" is not heard.
-        unheard = self._gathering.take() if self._finishing else b""
+        # Not after an "end", nor after something that is not read any more.
+        follows = self._finishing and not self._ended and self._deliveries == self._gathering.delivered
+        unheard = self._gathering.take() if follows else b""
         rest = self._resample(self._heard(unheard, last=True), last=True)
         await self._spot([*self._keywords.push(rest), *self._keywords.flush()])
         await self._send({"type": "end", "duration_s": round(self._samples / self._rate_hz, 3)})
@@ -207,6 +211,7 @@ class _Stream:
         if message["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(message.get("code", NORMAL))
         if message.get("bytes") is not None:
+            self._deliveries += 1
             return bytes(message["bytes"])
         try:
             said = json.loads(message.get("text") or "")
@@ -221,8 +226,10 @@ class _Stream:
 
     @property
     def _least(self) -> int:
-        """Fewer samples than so many complete nothing: a resampler gives no more than it was given."""
-        return max(1, self._keywords.missing * self._rate_hz // SAMPLE_RATE_HZ)
+        """Fewer samples than so many complete nothing: a resampler gives no more than it was given, but some of it
+        later."""
+        owed = self._samples * SAMPLE_RATE_HZ // self._rate_hz - self._resampled
+        return max(1, (self._keywords.missing - owed) * self._rate_hz // SAMPLE_RATE_HZ)
 
     def _heard(self, message: bytes, *, last: bool = False) -> Samples:
         """The samples that have come, once there are enough for something to be computed with them, or the last ones:
@@ -238,9 +245,10 @@ class _Stream:
         return samples
 
     def _resample(self, samples: Samples, *, last: bool = False) -> Samples:
-        if self._resampler is None:
-            return samples
-        found: Samples = np.clip(self._resampler.resample_chunk(samples, last=last), -1.0, 1.0)
+        found = samples
+        if self._resampler is not None:
+            found = np.clip(self._resampler.resample_chunk(samples, last=last), -1.0, 1.0)
+        self._resampled += len(found)
         return found
 
     async def _spot(self, parts: Sequence[Window | Piece]) -> None:

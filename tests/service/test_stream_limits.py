@@ -25,6 +25,9 @@ from tests.service.threads import PATIENCE_S, until
 # Frames of the WebSocket protocol, masked with zeros.
 CONTROL_PING = bytes([0x89, 0x80 | 125]) + bytes(4) + bytes(125)
 PING = b'{"type": "ping"}'
+# A message of half a hop.
+HOP = RATE_HZ // 4
+HALF = bytes([0x82, 0x80 | 126]) + HOP.to_bytes(2, "big") + bytes(4 + HOP)
 TEXT_PING = bytes([0x81, 0x80 | len(PING)]) + bytes(4) + PING
 
 
@@ -95,19 +98,21 @@ def test_a_stream_that_is_not_read_for_now_is_told_what_was_heard_when_the_servi
     service = start_service(tmp_path)
     started.append(service)
     word = samples_of("computer.wav")
-    # As much as a message may hold, twice: further ahead than a stream is read, with a word at the end.
-    heard = np.zeros(2**18, np.float32)
+    # Two messages of whole hops: further ahead than a stream is read, with a word at the end.
+    heard = np.zeros(64 * HOP, np.float32)
     heard[-RATE_HZ - len(word) : -RATE_HZ] = word
     audio = pcm(heard)
     assert len(heard) / RATE_HZ - FURTHEST_AHEAD_S > 5
     with connect(url(service)) as connection:
         assert json.loads(connection.recv(timeout=PATIENCE_S))["type"] == "ready"
-        connection.send(audio[: 2**18])
-        connection.send(audio[2**18 :])
+        connection.send(audio[: 64 * HOP])
+        connection.send(audio[64 * HOP :])
         assert json.loads(connection.recv(timeout=PATIENCE_S))["keyword"] == "en:computer"
-        connection.send(bytes(2**18))
         # From here on it waits for the clock.
         until(lambda: metric(service, "sotto_stream_delay_seconds_count") == 2)
+        # Not read: what makes three hops, and too little for a fourth, which must not be told as if it followed.
+        connection.socket.sendall(7 * HALF)
+        time.sleep(0.5)
         service.process.send_signal(signal.SIGTERM)
         *rest, end = listen(connection)
     assert detections(rest) == []
