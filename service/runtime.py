@@ -51,8 +51,8 @@ T = TypeVar("T")
 DRAIN_RETRY_AFTER_S = 1.0
 LOADING_RETRY_AFTER_S = 2.0
 LAG_EVERY_S = 0.25
-# Of one graph call before the first request; larger ones find their memory when they come. Sixteen would take a fourth of
-# a second more of the start.
+# Of one graph call before the first request; larger ones find their memory when they come. With sixteen the start
+# would take a fourth of a second more.
 MOST_WARMED = 8
 STREAM = "stream"
 # A stream's words are told a quarter of a second after them at best, so its steps may wait a little for those of
