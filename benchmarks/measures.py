@@ -24,6 +24,7 @@ from benchmarks.clients import CLIENTS, CPUS, RATE_HZ, ROUNDS, Setting, clip, lo
 from benchmarks.load import Result
 from benchmarks.servers import PEERS, Server, empty, installed, peer, sotto
 from benchmarks.streams import MEASURE_S as STREAMS_MEASURE_S
+from benchmarks.streams import PIECE_S
 from benchmarks.streams import WARM_UP_S as STREAMS_WARM_UP_S
 from model_store import Bundle
 from model_store.graph import part_of
@@ -210,7 +211,7 @@ def mixed(setting: Setting) -> list[str]:
 
 def streams(setting: Setting) -> list[str]:
     """Microphones at once, in real time."""
-    return _streams(setting, "streams", 0.125, STREAMS)
+    return _streams(setting, "streams", PIECE_S, STREAMS)
 
 
 def small(setting: Setting) -> list[str]:
